@@ -1,0 +1,1 @@
+"""Models, data and benchmark suites that show what `lbw_optax` does on real text."""

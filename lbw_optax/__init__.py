@@ -1,0 +1,1 @@
+"""AdamW flown by wire: a bounded, logged controller around any optax optimizer."""
