@@ -1,0 +1,53 @@
+"""Checkpoints: everything that touches Orbax."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+
+T = TypeVar("T")
+
+
+def cache_folder() -> Path:
+    """Where pretrained models are kept: $LBW_OPTAX_CACHE, or ~/.cache/lbw_optax."""
+    return Path(os.environ.get("LBW_OPTAX_CACHE") or Path.home() / ".cache" / "lbw_optax")
+
+
+class Checkpoints:
+    """The latest state of one run, in one folder.
+
+    A save that is interrupted leaves the one before it in place.
+
+    Args:
+      folder: Where to keep it; made if it is missing.
+    """
+
+    def __init__(self, folder: Path):
+        # Synchronous: the states are small, and a returned save() is then a finished one.
+        options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    def save(self, step: int, state: T) -> None:
+        """Saves a pytree of arrays as the state after `step` steps."""
+        self._manager.save(step, args=ocp.args.StandardSave(state))
+
+    def restore(self, like: T) -> T | None:
+        """The saved state, or None where there is none.
+
+        Args:
+          like: A pytree of the same structure, shapes, dtypes and shardings; its values are not
+            used.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+
+    def close(self) -> None:
+        """Releases what the manager holds."""
+        self._manager.close()

@@ -1,0 +1,98 @@
+"""The optimizers that are compared, and how to read the guard's state.
+
+A method is a function from the learning rate, a Python number or a traced scalar, to an optax
+transformation. To compare another one, add it to `METHODS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+import lbw_optax
+
+REGIMES = ("STABLE", "STRESS", "SPIKE", "RECOVERY")
+"""Names of the integers in `GuardState.regime`."""
+
+CLIP_NORM = 1.0
+"""Largest gradient norm of the clipping baseline, the usual choice since GPT-3."""
+
+
+def adamw(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """AdamW with optax's defaults."""
+    return optax.adamw(learning_rate)
+
+
+def adamw_clip(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """AdamW after clipping the gradient to the global norm `CLIP_NORM`."""
+    return optax.chain(optax.clip_by_global_norm(CLIP_NORM), adamw(learning_rate))
+
+
+def guard(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """AdamW, guarded with the guard's defaults."""
+    return lbw_optax.guard(adamw(learning_rate))
+
+
+METHODS: dict[str, Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]] = {
+    "AdamW": adamw,
+    "AdamW + clip": adamw_clip,
+    "guard(AdamW)": guard,
+}
+"""Name in tables and plots -> the method."""
+
+
+def pretraining(learning_rate: optax.ScalarOrSchedule, steps: int) -> optax.GradientTransformation:
+    """The usual recipe for language models since GPT-3: warmup, cosine, clipping, weight decay.
+
+    Args:
+      learning_rate: Peak of the schedule, reached after a twentieth of the steps; it ends at a
+        tenth of that.
+      steps: Length of the schedule.
+
+    Returns:
+      The transformation.
+    """
+    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 20, steps, end_value=0.1)
+    return optax.chain(
+        optax.clip_by_global_norm(CLIP_NORM),
+        optax.adamw(lambda step: learning_rate * shape(step), b2=0.95, weight_decay=0.1),
+    )
+
+
+def guard_telemetry(opt_state: Any) -> tuple[jax.Array, jax.Array] | None:
+    """The scale (float32) and the regime (int32, see `REGIMES`) of the last step.
+
+    Args:
+      opt_state: An optimizer state; works inside jit.
+
+    Returns:
+      Two scalars, or None for an optimizer without a guard.
+    """
+    state = optax.tree.get(opt_state, "GuardState")
+    if state is None:
+        return None
+    return optax.tree.get(state, "scale"), optax.tree.get(state, "regime")
+
+
+def guard_record(opt_state: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What the guard did in a run, for the results folder.
+
+    Args:
+      opt_state: An optimizer state.
+
+    Returns:
+      The scalar fields of the guard's report as `guard_...`, and its events; both empty without a guard.
+    """
+    if guard_telemetry(opt_state) is None:
+        return {}, []
+    report = dataclasses.asdict(lbw_optax.report(opt_state))
+    scalars = {
+        f"guard_{field}": value
+        for field, value in report.items()
+        if isinstance(value, str | int | float)
+    }
+    return scalars, [dataclasses.asdict(event) for event in lbw_optax.events(opt_state)]

@@ -1,0 +1,208 @@
+"""A Qwen2.5 / Llama decoder in Flax NNX.
+
+Axis letters in the names of arrays: b batch, t position, d hidden, n query head, k key-value head,
+h head width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from experiments.models.config import DecoderConfig
+
+
+def rope_angles(positions_t: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    r"""Cosines and sines of the rotary position embedding.
+
+    .. math:: \phi_{t,i} = t \, \theta^{-2i/h}, \quad i = 0, \dots, h/2 - 1
+
+    Args:
+      positions_t: Positions, integers of shape (t,).
+      head_dim: Width h of a head.
+      theta: Base of the frequencies.
+
+    Returns:
+      cos and sin of the angles, each float32 of shape (t, h / 2). They stay float32 in any model:
+      bfloat16 cannot tell neighbouring positions above 256 apart.
+    """
+    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    angles_th = positions_t.astype(jnp.float32)[:, None] * theta**-exponents
+    return jnp.cos(angles_th), jnp.sin(angles_th)
+
+
+def apply_rope(x_btnh: jax.Array, cos_th: jax.Array, sin_th: jax.Array) -> jax.Array:
+    """Rotates the pairs (i, i + h/2) of each head, the half-split layout of Hugging Face.
+
+    Args:
+      x_btnh: Queries or keys, shape (b, t, n, h).
+      cos_th: From `rope_angles`, shape (t, h / 2).
+      sin_th: From `rope_angles`, shape (t, h / 2).
+
+    Returns:
+      The rotated array, of the shape and dtype of `x_btnh`.
+    """
+    first, second = jnp.split(x_btnh.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_th[:, None, :], sin_th[:, None, :]
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_btnh.dtype)
+
+
+class RMSNorm(nnx.Module):
+    r"""Root-mean-square normalisation, :math:`w \, x / \sqrt{\mathrm{mean}(x^2) + \epsilon}`.
+
+    The norm is taken in float32 and cast back before the product with the weight, the order of
+    the Hugging Face models.
+    """
+
+    def __init__(self, size: int, eps: float, *, param_dtype: jnp.dtype):
+        self.weight = nnx.Param(jnp.ones(size, param_dtype))
+        self.eps = eps
+
+    def __call__(self, x_btd: jax.Array) -> jax.Array:
+        """Normalises the last axis; keeps shape and dtype."""
+        x32_btd = x_btd.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x32_btd), axis=-1, keepdims=True)
+        normed_btd = x32_btd * jax.lax.rsqrt(mean_square + self.eps)
+        return self.weight[...].astype(x_btd.dtype) * normed_btd.astype(x_btd.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention: query heads n share key-value heads k in groups of n / k."""
+
+    def __init__(self, config: DecoderConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        self.config = config
+        width_q = config.num_attention_heads * config.head_dim
+        width_kv = config.num_key_value_heads * config.head_dim
+
+        def linear(in_features: int, out_features: int, use_bias: bool) -> nnx.Linear:
+            return nnx.Linear(
+                in_features,
+                out_features,
+                use_bias=use_bias,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+
+        self.q_proj = linear(config.hidden_size, width_q, config.attention_bias)
+        self.k_proj = linear(config.hidden_size, width_kv, config.attention_bias)
+        self.v_proj = linear(config.hidden_size, width_kv, config.attention_bias)
+        self.o_proj = linear(width_q, config.hidden_size, False)
+
+    def __call__(self, x_btd: jax.Array, cos_th: jax.Array, sin_th: jax.Array) -> jax.Array:
+        """Attends from each position to itself and all before it; shape and dtype are kept."""
+        b, t, _ = x_btd.shape
+        h = self.config.head_dim
+        q_btnh = apply_rope(self.q_proj(x_btd).reshape(b, t, -1, h), cos_th, sin_th)
+        k_btkh = apply_rope(self.k_proj(x_btd).reshape(b, t, -1, h), cos_th, sin_th)
+        v_btkh = self.v_proj(x_btd).reshape(b, t, -1, h)
+        out_btnh = jax.nn.dot_product_attention(q_btnh, k_btkh, v_btkh, is_causal=True)
+        return self.o_proj(out_btnh.reshape(b, t, -1))
+
+
+class MLP(nnx.Module):
+    r"""SwiGLU: :math:`W_{down}(\mathrm{silu}(W_{gate} x) \odot W_{up} x)`."""
+
+    def __init__(self, config: DecoderConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        def linear(in_features: int, out_features: int) -> nnx.Linear:
+            return nnx.Linear(
+                in_features,
+                out_features,
+                use_bias=False,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x_btd: jax.Array) -> jax.Array:
+        """Maps each position on its own; shape and dtype are kept."""
+        return self.down_proj(nnx.silu(self.gate_proj(x_btd)) * self.up_proj(x_btd))
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+        types = {"dtype": dtype, "param_dtype": param_dtype}
+        norm_args = (config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(*norm_args, param_dtype=param_dtype)
+        self.self_attn = Attention(config, **types, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(*norm_args, param_dtype=param_dtype)
+        self.mlp = MLP(config, **types, rngs=rngs)
+
+    def __call__(self, x_btd: jax.Array, cos_th: jax.Array, sin_th: jax.Array) -> jax.Array:
+        """Runs the layer; shape and dtype are kept."""
+        x_btd = x_btd + self.self_attn(self.input_layernorm(x_btd), cos_th, sin_th)
+        return x_btd + self.mlp(self.post_attention_layernorm(x_btd))
+
+
+class Decoder(nnx.Module):
+    """A causal language model: embedding, decoder layers, final norm, output head.
+
+    Args:
+      config: The shape.
+      dtype: Compute dtype of the matrix products and the residual stream.
+      param_dtype: Dtype of the stored parameters.
+      rngs: Where the initial values come from: kernels are LeCun normal, embeddings normal with
+        the standard deviation 0.02 of GPT-2.
+
+    Example:
+      >>> config = DecoderConfig(16, 32, 1, 4, 2, 4, vocab_size=256)
+      >>> Decoder(config, rngs=nnx.Rngs(0))(jnp.zeros((2, 8), jnp.int32)).shape
+      (2, 8, 256)
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        types = {"dtype": dtype, "param_dtype": param_dtype}
+        self.config = config
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            embedding_init=nnx.initializers.normal(0.02),
+            **types,
+            rngs=rngs,
+        )
+        self.layers = nnx.List(
+            DecoderLayer(config, **types, rngs=rngs) for _ in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.Linear(
+                config.hidden_size, config.vocab_size, use_bias=False, **types, rngs=rngs
+            )
+
+    def __call__(self, tokens_bt: jax.Array) -> jax.Array:
+        """Logits of the next token at each position.
+
+        Args:
+          tokens_bt: Token ids, integers of shape (b, t), t <= max_position_embeddings.
+
+        Returns:
+          Logits, shape (b, t, v), in float32 whatever the compute dtype.
+        """
+        t = tokens_bt.shape[1]
+        if t > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{t} positions, but max_position_embeddings is "
+                f"{self.config.max_position_embeddings}"
+            )
+        cos_th, sin_th = rope_angles(jnp.arange(t), self.config.head_dim, self.config.rope_theta)
+        x_btd = self.embed_tokens(tokens_bt)
+        for layer in self.layers:
+            x_btd = layer(x_btd, cos_th, sin_th)
+        x_btd = self.norm(x_btd)
+        head = self.embed_tokens.attend if self.config.tie_word_embeddings else self.lm_head
+        return head(x_btd).astype(jnp.float32)

@@ -1,0 +1,144 @@
+"""A results folder: what a suite has measured so far, safe against interruption.
+
+- `config.json`: all that the numbers depend on.
+- `metrics.jsonl`: one object per step; `null` stands for a number that is not finite.
+- `events.jsonl`: what the guard did, one object per event.
+- `runs.json`: one record per finished run.
+- `checkpoints`: the state of the unfinished run.
+
+Files are replaced in one move, so that a reader never sees half of one; `metrics.jsonl` and
+`events.jsonl` grow while a run goes on, and lose what is past its checkpoint when it is resumed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from experiments.errors import UserError
+
+_CONFIG, _METRICS, _EVENTS, _RUNS = "config.json", "metrics.jsonl", "events.jsonl", "runs.json"
+_CHECKPOINTS = "checkpoints"
+
+
+class Results:
+    """The results folder of one suite with one configuration.
+
+    Args:
+      folder: The folder; made if it is missing.
+      config: All that the numbers depend on, as JSON types.
+      fresh: Whether to start over, dropping what the folder holds of an earlier job.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], *, fresh: bool):
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if fresh:
+                self._clear()
+            self._adopt(config)
+        except OSError as error:
+            raise UserError(f"cannot write results to {folder}: {error.strerror}") from error
+        self.runs: dict[str, dict[str, Any]] = self._read_json(_RUNS, {})
+
+    def checkpoint_folder(self, run: str) -> Path:
+        """Where an unfinished run keeps its state."""
+        return self.folder / _CHECKPOINTS / run
+
+    def start(self, run: str, step: int) -> None:
+        """Prepares the logs for a run that goes on after `step` steps; drops what is past it."""
+        self._filter(_METRICS, lambda row: row["run"] != run or row["step"] <= step)
+        self._filter(_EVENTS, lambda row: row["run"] != run)
+
+    def log_metrics(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Appends objects with `run` and `step` to the metrics."""
+        self._append(_METRICS, rows)
+
+    def finish(
+        self, run: str, record: dict[str, Any], events: Iterable[dict[str, Any]] = ()
+    ) -> None:
+        """Records a finished run and drops its checkpoint."""
+        self._append(_EVENTS, ({"run": run, **event} for event in events))
+        self.runs[run] = _finite(record)
+        self.write(_RUNS, json.dumps(self.runs, indent=2))
+        shutil.rmtree(self.checkpoint_folder(run), ignore_errors=True)
+
+    def metrics(self, run: str) -> list[dict[str, Any]]:
+        """The metrics of one run, in order."""
+        return [row for row in self._read_jsonl(_METRICS) if row["run"] == run]
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """Replaces a file of the folder in one move."""
+        data = content.encode() if isinstance(content, str) else content
+        temporary = self.folder / f".{name}.tmp"
+        temporary.write_bytes(data)
+        os.replace(temporary, self.folder / name)
+
+    def write_csv(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Replaces a table of the folder; its columns are the keys of all rows, in order."""
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        self.write(name, buffer.getvalue())
+
+    def _adopt(self, config: dict[str, Any]) -> None:
+        config = json.loads(json.dumps(config))  # As it will be read back: tuples become lists.
+        found = self._read_json(_CONFIG, config)
+        differing = sorted(k for k in config.keys() | found.keys() if config.get(k) != found.get(k))
+        if differing:
+            raise UserError(
+                f"{self.folder} holds results with another {', '.join(differing)}: "
+                "choose another --results, or --fresh to start over"
+            )
+        self.write(_CONFIG, json.dumps(config, indent=2))
+
+    def _clear(self) -> None:
+        # Only what a job writes: the folder is the user's, and may hold more.
+        for name in (_CONFIG, _METRICS, _EVENTS, _RUNS):
+            (self.folder / name).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / _CHECKPOINTS, ignore_errors=True)
+
+    def _read_json(self, name: str, default: Any) -> Any:
+        path = self.folder / name
+        if not path.exists():
+            return default
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: use --fresh to start over") from error
+
+    def _read_jsonl(self, name: str) -> list[dict[str, Any]]:
+        path = self.folder / name
+        if not path.exists():
+            return []
+        lines = path.read_text().split("\n")
+        # What follows the last newline is empty, or a line that a killed job did not finish.
+        return [json.loads(line) for line in lines[:-1]]
+
+    def _filter(self, name: str, keep: Callable[[dict[str, Any]], bool]) -> None:
+        rows = [row for row in self._read_jsonl(name) if keep(row)]
+        self.write(name, "".join(map(_json_line, rows)))
+
+    def _append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        with (self.folder / name).open("a") as file:
+            file.write("".join(map(_json_line, rows)))
+
+
+def _json_line(row: dict[str, Any]) -> str:
+    return json.dumps(_finite(row), allow_nan=False) + "\n"
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }

@@ -1,0 +1,190 @@
+"""The transformation: wires sensing, interpretation, policy, actuation and ledger together."""
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lbw_optax import actuation, interpretation, ledger, memory, policy, sensing
+from lbw_optax.interpretation import Cause
+from lbw_optax.law import Law
+from lbw_optax.policy import Action
+
+
+class GuardState(NamedTuple):
+    """The whole controller.
+
+    Attributes:
+      inner_state: the wrapped optimizer's state.
+      last_step: what is remembered of the last applied step.
+      regime: the current `Regime`.
+      dwell: quiet steps spent in it in a row.
+      scale: the scale in force, in [min_scale, 1].
+      has_loss: whether the last update was given the loss.
+      has_params: whether it was given the parameters.
+      statistics: what the run has shown so far.
+      controller: the policy's memory.
+      ledger: what the guard did.
+    """
+
+    inner_state: Any
+    last_step: Any
+    regime: jax.Array  # shape=(), dtype=int32
+    dwell: jax.Array  # shape=(), dtype=int32
+    scale: jax.Array  # shape=(), dtype=float32
+    has_loss: jax.Array  # shape=(), dtype=bool
+    has_params: jax.Array  # shape=(), dtype=bool
+    statistics: sensing.Statistics
+    controller: policy.Controller
+    ledger: ledger.Ledger
+
+
+def guard(
+    inner: optax.GradientTransformation,
+    *,
+    memory: Literal["none", "sparse", "step"] = "step",
+    min_scale: float = 1e-6,
+    relative_step_limit: float = 1.0,
+    max_rejections: int = 20,
+    log_size: int = 128,
+    axis_name: Any = None,
+    law: Law | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Flies an optimizer by wire."""
+    law = Law() if law is None else law
+    _check(inner, memory, min_scale, relative_step_limit, max_rejections, log_size, law)
+    limits = policy.Limits(min_scale, relative_step_limit, max_rejections)
+    return _guard(inner, memory, limits, log_size, axis_name, law)
+
+
+def _guard(inner, mode, limits, log_size, axis_name, law):
+    inner = optax.with_extra_args_support(inner)
+    select = memory.selector(mode)
+    can_undo = mode == "step"
+
+    def init_fn(params):
+        return GuardState(
+            inner_state=inner.init(params),
+            last_step=jax.tree.map(jnp.zeros_like, select(params)),
+            regime=jnp.zeros([], jnp.int32),
+            dwell=jnp.zeros([], jnp.int32),
+            scale=jnp.ones([], jnp.float32),
+            has_loss=jnp.zeros([], bool),
+            has_params=jnp.zeros([], bool),
+            statistics=sensing.init_statistics(),
+            controller=policy.init_controller(),
+            ledger=ledger.init_ledger(log_size),
+        )
+
+    def update_fn(updates, state, params=None, *, value=None, loss=None, **extra_args):
+        value = _one_loss(value, loss)
+        has_loss, has_params = value is not None, params is not None
+        if has_loss:
+            extra_args["value"] = value
+        step, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+
+        # Sense.
+        telemetry = sensing.measure(
+            gradients=updates,
+            step=step,
+            params=params,
+            loss=value,
+            last_step=state.last_step,
+            sampled_gradients=select(updates),
+            inner_states=(state.inner_state, inner_state),
+            axis_name=axis_name,
+        )
+        moved = state.controller.last_length > 0
+        last_scale = state.controller.applied_scale
+        signals = sensing.compare(state.statistics, telemetry, last_scale, has_loss, law)
+
+        # Interpret.
+        bounds = policy.envelope(
+            state.controller, telemetry, state.statistics.observations, has_params, law, limits
+        )
+        pressure = telemetry.step_norm / jnp.maximum(bounds.healthy, jnp.finfo(jnp.float32).tiny)
+        diagnosis = interpretation.diagnose(telemetry, signals, pressure, law)
+        regime, dwell = interpretation.next_regime(
+            state.regime, state.dwell, diagnosis, state.scale, law
+        )
+
+        # Decide.
+        command, controller = policy.decide(
+            state.controller,
+            regime,
+            diagnosis,
+            telemetry,
+            signals,
+            bounds,
+            can_undo,
+            has_loss,
+            law,
+            limits,
+        )
+
+        # Act.
+        emitted = actuation.emit(command, step, state.last_step if can_undo else None)
+        taken = (command.action != Action.HOLD) & (command.action != Action.BACKTRACK)
+        last_step = actuation.keep_step(
+            command, taken & (telemetry.step_norm > 0), emitted, state.last_step, select
+        )
+        inner_state = actuation.keep_inner_state(command, state.inner_state, inner_state)
+
+        # Learn and log.
+        nonfinite = controller.nonfinites > 0
+        observed = sensing.observe(
+            state.statistics, telemetry, signals, last_scale, moved, law
+        )
+        spike = diagnosis.alarm == Cause.GRADIENT_SPIKE
+        absorbed = state.statistics._replace(gradient_mean=observed.gradient_mean)
+        statistics = jax.tree.map(
+            lambda old, new, held: jnp.where(taken & ~nonfinite, new, jnp.where(spike, held, old)),
+            state.statistics,
+            observed,
+            absorbed,
+        )
+        return emitted, GuardState(
+            inner_state=inner_state,
+            last_step=last_step,
+            regime=regime,
+            dwell=dwell,
+            scale=command.scale,
+            has_loss=jnp.full([], has_loss, bool),
+            has_params=jnp.full([], has_params, bool),
+            statistics=statistics,
+            controller=controller,
+            ledger=ledger.record(
+                state.ledger, command, state.regime, regime, diagnosis.size, nonfinite
+            ),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _one_loss(value, loss):
+    if value is not None and loss is not None:
+        raise ValueError("update: give the loss once, as value= or as loss=, got both")
+    value = loss if value is None else value
+    if value is not None and jnp.shape(value) != ():
+        raise ValueError(f"update: value must be a scalar, got shape {jnp.shape(value)}")
+    return value
+
+
+def _check(inner, mode, min_scale, relative_step_limit, max_rejections, log_size, law):
+    if not (callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None))):
+        raise ValueError(f"guard: inner must be an optax transformation, got {inner!r}")
+    if mode not in memory.MODES:
+        raise ValueError(f"guard: memory must be one of {memory.MODES}, got {mode!r}")
+    for name, number, high in (
+        ("min_scale", min_scale, 1.0),
+        ("relative_step_limit", relative_step_limit, math.inf),
+    ):
+        if not (isinstance(number, (int, float)) and 0 < number <= high):
+            raise ValueError(f"guard: {name} must be in (0, {high}], got {number!r}")
+    for name, count in (("max_rejections", max_rejections), ("log_size", log_size)):
+        if not (isinstance(count, int) and count >= 1):
+            raise ValueError(f"guard: {name} must be an integer of at least 1, got {count!r}")
+    if not isinstance(law, Law):
+        raise ValueError(f"guard: law must be a lbw_optax.Law, got {law!r}")

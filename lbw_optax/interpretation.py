@@ -1,0 +1,144 @@
+"""Interpretation: from telemetry and signals to a named regime. Pure functions of scalars."""
+
+import enum
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lbw_optax.law import Law
+from lbw_optax.sensing import Signals, Telemetry
+
+
+class Regime(enum.IntEnum):
+    """What the run is going through."""
+
+    STABLE = 0
+    """Nothing is suspected: the guard passes every step on, bit for bit."""
+    STRESS = 1
+    """Steps are, or were lately, longer than is healthy: the control law sets the scale."""
+    SPIKE = 2
+    """This observation is bad: it is held back or the last step is undone."""
+    RECOVERY = 3
+    """The alarm is over: the scale returns to 1 before the run counts as stable."""
+
+
+class Cause(enum.IntEnum):
+    """Why the guard acted; the strongest cause of a step comes first."""
+
+    NONE = 0
+    NONFINITE_GRADIENT = 1
+    """NaN, Inf or a norm beyond float32 in the gradients."""
+    NONFINITE_LOSS = 2
+    """NaN or Inf loss."""
+    NONFINITE_STEP = 3
+    """The inner optimizer emitted or stored NaN or Inf."""
+    OVERSHOOT = 4
+    """The last step went far past the minimum along its own direction."""
+    COLLAPSE = 5
+    """The loss jumped and the gradients died away: a blow-up that one-sided tests miss."""
+    LOSS_JUMP = 6
+    """The loss jumped and the overshoot blames the last step."""
+    GRADIENT_SPIKE = 7
+    """The gradient norm is far above its running mean."""
+    ENVELOPE = 8
+    """The step is longer than the envelope allows."""
+    BOUNCE = 9
+    """Steps overshoot on average: the learning rate is too high for what is left to gain."""
+    RELEASE = 10
+    """No suspicion any more; the scale is on its way back to 1."""
+    EXHAUSTED = 11
+    """Too many rejected steps in a row: the run proceeds at the lowest scale."""
+
+
+class Diagnosis(NamedTuple):
+    """What one step looks like.
+
+    Attributes:
+      alarm: the `Cause` of an alarm, or `NONE`.
+      size: the observation that raised it, in units of its own threshold.
+      suspicion: whether the step is longer than is healthy or steps overshoot on average.
+      calm: whether the step is well inside what is healthy.
+    """
+
+    alarm: jax.Array  # shape=(), dtype=int32
+    size: jax.Array  # shape=(), dtype=float32
+    suspicion: jax.Array  # shape=(), dtype=bool
+    calm: jax.Array  # shape=(), dtype=bool
+
+
+def diagnose(
+    telemetry: Telemetry, signals: Signals, pressure: jax.Array, law: Law
+) -> Diagnosis:
+    """Names what is wrong with one step.
+
+    A hard batch and a harmful step both raise the loss. They are told apart at once: a hard batch
+    says nothing about the last step and has larger gradients than usual, while after a harmful step
+    either the overshoot is positive or the gradients have died away.
+
+    Args:
+      telemetry: this step.
+      signals: this step compared with the run so far.
+      pressure: length of the inner step over the longest healthy length.
+      law: the constants.
+
+    Returns:
+      The `Diagnosis`.
+    """
+    t, s = telemetry, signals
+    # A spiking gradient inflates its own product with the last step: measured as if it did not.
+    overshoot = t.overshoot / jnp.maximum(s.spike, 1)
+    noise = jnp.where(s.noise > 0, s.noise, jnp.inf)
+    overshot = overshoot / (law.backtrack_noise * noise)
+    jump = s.innovation / (law.jump_noise * noise)
+    blamed = overshoot > law.jump_overshoot * noise
+    collapse = (jump > 1) & s.faded
+    table = [
+        (Cause.NONFINITE_GRADIENT, ~t.gradient_finite, 0.0),
+        (Cause.NONFINITE_LOSS, ~t.loss_finite, 0.0),
+        (Cause.NONFINITE_STEP, ~t.step_finite, 0.0),
+        (Cause.OVERSHOOT, overshot > 1, overshot),
+        (Cause.COLLAPSE, collapse, jump),
+        (Cause.LOSS_JUMP, (jump > 1) & blamed, jump),
+        (Cause.GRADIENT_SPIKE, s.spike > 1, s.spike),
+    ]
+    found = [flag for _, flag, _ in table]
+    alarm = jnp.select(found, [jnp.int32(c) for c, _, _ in table], jnp.int32(Cause.NONE))
+    size = jnp.select(found, [jnp.asarray(x, jnp.float32) for _, _, x in table], pressure)
+    bounce = s.overshoot - s.overshoot_error > law.stress_noise * noise
+    return Diagnosis(
+        alarm=alarm,
+        size=size,
+        suspicion=(pressure > 1) | bounce,
+        calm=(pressure < law.calm_ratio) & ~bounce,
+    )
+
+
+def next_regime(
+    regime: jax.Array, dwell: jax.Array, diagnosis: Diagnosis, scale: jax.Array, law: Law
+) -> tuple[jax.Array, jax.Array]:
+    """Moves the regime, with hysteresis and dwell.
+
+    Args:
+      regime: the `Regime` so far.
+      dwell: quiet steps spent in it in a row.
+      diagnosis: this step.
+      scale: the scale so far; STABLE is entered only at 1.
+      law: the constants.
+
+    Returns:
+      The new regime and its dwell, both int32 scalars.
+    """
+    d = diagnosis
+    alarm = d.alarm != Cause.NONE
+    quiet = ~alarm & jnp.where(regime == Regime.STRESS, d.calm, ~d.suspicion)
+    waited = jnp.where(quiet, dwell + 1, 0)
+    after_stress = jnp.where(waited >= law.calm_steps, Regime.RECOVERY, Regime.STRESS)
+    ready = (waited >= law.recovery_steps) & (scale >= 1)
+    after_recovery = jnp.where(ready, Regime.STABLE, Regime.RECOVERY)
+    new = jnp.select(
+        [alarm, d.suspicion, regime == Regime.STABLE, regime == Regime.STRESS],
+        [jnp.int32(Regime.SPIKE), jnp.int32(Regime.STRESS), jnp.int32(Regime.STABLE), after_stress],
+        after_recovery,
+    ).astype(jnp.int32)
+    return new, jnp.where(new == regime, waited, 0)

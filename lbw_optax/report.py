@@ -1,0 +1,129 @@
+"""Report: reads a guard's state on the host, wherever it sits inside an optimizer state."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from lbw_optax.guard import GuardState
+from lbw_optax.interpretation import Cause, Regime
+from lbw_optax.policy import Action
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """One intervention or regime switch."""
+
+    step: int
+    cause: str
+    regime_before: str
+    regime_after: str
+    action: str
+    scale: float
+    size: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the guard saw and did since the run began."""
+
+    steps: int
+    regime: str
+    scale: float
+    min_scale_seen: float
+    control_active_steps: int
+    regime_switches: int
+    control_energy: float
+    backtracks: int
+    held_steps: int
+    nonfinite_steps: int
+    exhausted_steps: int
+    causes: dict[str, int]
+    actions: dict[str, int]
+    events_recorded: int
+    events_dropped: int
+    sensors_off: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Returns the report in words."""
+        share = 100 * self.control_active_steps / max(self.steps, 1)
+        lines = [
+            f"guard: {self.regime} after {self.steps} steps, scale {self.scale:.3g}"
+            f" (lowest {self.min_scale_seen:.3g})",
+            f"  control active in {self.control_active_steps} steps ({share:.1f} %),"
+            f" {self.regime_switches} regime switches, control energy {self.control_energy:.3g}",
+            f"  held {self.held_steps}, backtracked {self.backtracks},"
+            f" non-finite {self.nonfinite_steps}, exhausted {self.exhausted_steps}",
+        ]
+        if self.causes:
+            lines.append("  causes: " + ", ".join(f"{k} {v}" for k, v in self.causes.items()))
+        if self.events_dropped:
+            lines.append(f"  the log dropped its {self.events_dropped} oldest events")
+        if self.sensors_off:
+            lines.append("  sensors off: " + ", ".join(self.sensors_off))
+        return "\n".join(lines)
+
+
+def _find(opt_state: Any) -> GuardState:
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, GuardState))
+    found = [x for x in leaves if isinstance(x, GuardState)]
+    if len(found) != 1:
+        raise ValueError(f"opt_state must hold exactly one guard, found {len(found)}")
+    # Only scalars and the ring are fetched; numpy scalars do not trigger further transfers.
+    return found[0]
+
+
+def report(opt_state: Any) -> Report:
+    """Summarises what the guard saw and did."""
+    s = _find(opt_state)
+    log, regime, scale, has_loss, has_params = jax.device_get(
+        (s.ledger, s.regime, s.scale, s.has_loss, s.has_params)
+    )
+    sensors_off = ()
+    if log.steps > 0:
+        sensors_off += () if has_loss else ("loss",)
+        sensors_off += () if has_params else ("relative step",)
+    remembered = sum(x.size for x in jax.tree.leaves(s.last_step))
+    if not remembered:
+        sensors_off += ("overshoot",)
+    actions = {a.name: int(n) for a, n in zip(Action, log.action_counts, strict=True)}
+    return Report(
+        steps=int(log.steps),
+        regime=Regime(int(regime)).name,
+        scale=float(scale),
+        min_scale_seen=float(log.min_scale_seen),
+        control_active_steps=int(log.control_active_steps),
+        regime_switches=int(log.regime_switches),
+        control_energy=float(log.control_energy),
+        backtracks=actions["BACKTRACK"],
+        held_steps=actions["HOLD"],
+        nonfinite_steps=int(log.nonfinite_steps),
+        exhausted_steps=actions["PROCEED"],
+        causes={c.name: int(n) for c, n in zip(Cause, log.cause_counts, strict=True) if n},
+        actions=actions,
+        events_recorded=int(log.recorded),
+        events_dropped=max(int(log.recorded) - len(log.ring.event_step), 0),
+        sensors_off=sensors_off,
+    )
+
+
+def events(opt_state: Any) -> list[Event]:
+    """Returns the events that the ring still holds, oldest first."""
+    log = jax.device_get(_find(opt_state).ledger)
+    size = len(log.ring.event_step)
+    kept = min(int(log.recorded), size)
+    order = [(int(log.recorded) - kept + i) % size for i in range(kept)]
+    r = jax.tree.map(np.asarray, log.ring)
+    return [
+        Event(
+            step=int(r.event_step[i]),
+            cause=Cause(int(r.event_cause[i])).name,
+            regime_before=Regime(int(r.event_before[i])).name,
+            regime_after=Regime(int(r.event_after[i])).name,
+            action=Action(int(r.event_action[i])).name,
+            scale=float(r.event_scale[i]),
+            size=float(r.event_size[i]),
+        )
+        for i in order
+    ]

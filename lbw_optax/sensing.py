@@ -1,0 +1,312 @@
+"""Sensing: what one step shows (`Telemetry`) and what the run has shown so far (`Statistics`)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lbw_optax.law import Law
+
+
+class Telemetry(NamedTuple):
+    """One step's observations, each a scalar.
+
+    Attributes:
+      loss: minibatch loss; 0 where it was not given.
+      gradient_norm: Euclidean norm of the incoming gradients.
+      step_norm: norm of the finite part of the inner optimizer's step.
+      parameter_norm: norm of the parameters.
+      slope: <g_t, u_t>, the change of the loss that the new step predicts.
+      overshoot: <g_t, d_{t-1}>, the slope at the end of the last applied step; positive means that
+        the step went too far.
+      size: number of floating-point entries.
+      loss_finite: whether the loss is finite.
+      gradient_finite: whether the gradients and their squared norm are finite.
+      step_finite: whether what the inner optimizer emits and newly stores is finite.
+    """
+
+    loss: jax.Array  # shape=(), dtype=float32
+    gradient_norm: jax.Array  # shape=(), dtype=float32
+    step_norm: jax.Array  # shape=(), dtype=float32
+    parameter_norm: jax.Array  # shape=(), dtype=float32
+    slope: jax.Array  # shape=(), dtype=float32
+    overshoot: jax.Array  # shape=(), dtype=float32
+    size: jax.Array  # shape=(), dtype=float32
+    loss_finite: jax.Array  # shape=(), dtype=bool
+    gradient_finite: jax.Array  # shape=(), dtype=bool
+    step_finite: jax.Array  # shape=(), dtype=bool
+
+
+class Statistics(NamedTuple):
+    """Running statistics of the accepted observations.
+
+    Attributes:
+      observations: how many observations were accepted.
+      gradient_mean: mean gradient norm; 0 until there is one.
+      loss_fast: fast mean of the loss.
+      loss_slow: slow mean of the loss.
+      index_fast: the same mean of the step index; with `index_slow` it turns the difference of the
+        two loss means into progress per step.
+      index_slow: slow mean of the step index.
+      loss_variance: variance of the loss around its fast mean, not yet bias-corrected.
+      overshoots: how many overshoots were accepted.
+      overshoot_mean: mean of overshoot / scale^2, not yet bias-corrected.
+      overshoot_square: mean of its square, not yet bias-corrected.
+      slope_mean: mean of |<g_t, u_t>|, not yet bias-corrected.
+    """
+
+    observations: jax.Array  # shape=(), dtype=int32
+    gradient_mean: jax.Array  # shape=(), dtype=float32
+    loss_fast: jax.Array  # shape=(), dtype=float32
+    loss_slow: jax.Array  # shape=(), dtype=float32
+    index_fast: jax.Array  # shape=(), dtype=float32
+    index_slow: jax.Array  # shape=(), dtype=float32
+    loss_variance: jax.Array  # shape=(), dtype=float32
+    overshoots: jax.Array  # shape=(), dtype=int32
+    overshoot_mean: jax.Array  # shape=(), dtype=float32
+    overshoot_square: jax.Array  # shape=(), dtype=float32
+    slope_mean: jax.Array  # shape=(), dtype=float32
+
+
+def init_statistics() -> Statistics:
+    """Returns the statistics of a run that has not begun."""
+    zero = jnp.zeros([], jnp.float32)
+    return Statistics(
+        **{name: zero for name in Statistics._fields}
+        | {"observations": jnp.zeros([], jnp.int32), "overshoots": jnp.zeros([], jnp.int32)}
+    )
+
+
+def is_inexact(x: Any) -> bool:
+    """Returns whether `x` is a floating-point leaf, the only kind that is sensed and scaled."""
+    return jnp.issubdtype(getattr(x, "dtype", type(x)), jnp.inexact)
+
+
+def inner_product(a: Any, b: Any) -> jax.Array:
+    """Returns <a, b> over all floating-point leaves, accumulated in float32."""
+    products = [
+        jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32))
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        if is_inexact(x) and is_inexact(y)
+    ]
+    return sum(products, jnp.zeros([], jnp.float32))
+
+
+def finite_part(tree: Any) -> Any:
+    """Returns `tree` with zero in the place of every entry that is not finite."""
+    return jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0) if is_inexact(x) else x, tree)
+
+
+def became_nonfinite(old: Any, new: Any) -> jax.Array:
+    """Counts the leaves of `new` with a non-finite entry where `old` has a finite one."""
+    found = [
+        jnp.any(jnp.isfinite(x) & ~jnp.isfinite(y))
+        for x, y in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
+        if is_inexact(y)
+    ]
+    return sum(found, jnp.zeros([], jnp.int32))
+
+
+def _ema(mean: jax.Array, value: jax.Array, weight: Any) -> jax.Array:
+    return mean + weight * (value - mean)
+
+
+def _debias(mean: jax.Array, decay: float, observations: jax.Array) -> jax.Array:
+    n = jnp.maximum(observations, 1).astype(jnp.float32)
+    return mean / (1 - jnp.float32(decay) ** n)
+
+
+def measure(
+    gradients: Any,
+    step: Any,
+    params: Any,
+    loss: Any,
+    last_step: Any,
+    sampled_gradients: Any,
+    inner_states: tuple[Any, Any],
+    axis_name: Any,
+) -> Telemetry:
+    """Measures one step.
+
+    Args:
+      gradients: what the inner optimizer received.
+      step: what it emitted.
+      params: the parameters, or None.
+      loss: scalar loss, or None.
+      last_step: what is remembered of the last applied step.
+      sampled_gradients: the entries of the gradients that match `last_step`.
+      inner_states: the inner optimizer's state before and after the step.
+      axis_name: mesh axes over which the leaves are split, or None.
+
+    Returns:
+      The telemetry; a quantity that cannot be measured is 0.
+    """
+    usable = finite_part(step)
+    sums = {
+        "gradient": inner_product(gradients, gradients),
+        "step": inner_product(usable, usable),
+        "params": inner_product(params, params),
+        "slope": inner_product(gradients, usable),
+        "overshoot": inner_product(sampled_gradients, last_step),
+        "nonfinite": became_nonfinite(usable, step) + became_nonfinite(*inner_states),
+        "size": jnp.float32(sum(x.size for x in jax.tree.leaves(gradients) if is_inexact(x))),
+        "sample": jnp.float32(sum(x.size for x in jax.tree.leaves(last_step) if is_inexact(x))),
+    }
+    if axis_name is not None:
+        sums = jax.lax.psum(sums, axis_name)
+    coverage = sums["size"] / jnp.maximum(sums["sample"], 1)
+    loss = jnp.float32(0) if loss is None else jnp.asarray(loss).astype(jnp.float32)
+    return Telemetry(
+        loss=loss,
+        gradient_norm=jnp.sqrt(sums["gradient"]),
+        step_norm=jnp.sqrt(sums["step"]),
+        parameter_norm=jnp.sqrt(sums["params"]),
+        slope=sums["slope"],
+        overshoot=sums["overshoot"] * coverage,
+        size=sums["size"],
+        loss_finite=jnp.isfinite(loss),
+        gradient_finite=jnp.isfinite(sums["gradient"]) & jnp.isfinite(sums["overshoot"]),
+        step_finite=jnp.isfinite(sums["step"])
+        & jnp.isfinite(sums["slope"])
+        & (sums["nonfinite"] == 0),
+    )
+
+
+class Signals(NamedTuple):
+    """What the statistics say before this step is added to them, each a scalar.
+
+    Attributes:
+      noise: standard deviation of the loss, the yardstick of the overshoot; without the loss, the
+        mean slope.
+      innovation: loss minus its fast mean; 0 without the loss.
+      progress: realised fall of the loss per step; 0 without the loss.
+      spike: gradient norm in units of what counts as a spike.
+      faded: whether the gradient norm is far below its running mean.
+      overshoot: mean of overshoot / scale^2.
+      overshoot_error: standard error of that mean.
+    """
+
+    noise: jax.Array  # shape=(), dtype=float32
+    innovation: jax.Array  # shape=(), dtype=float32
+    progress: jax.Array  # shape=(), dtype=float32
+    spike: jax.Array  # shape=(), dtype=float32
+    faded: jax.Array  # shape=(), dtype=bool
+    overshoot: jax.Array  # shape=(), dtype=float32
+    overshoot_error: jax.Array  # shape=(), dtype=float32
+
+
+def compare(
+    statistics: Statistics, telemetry: Telemetry, last_scale: jax.Array, has_loss: bool, law: Law
+) -> Signals:
+    """Compares one step with the run so far.
+
+    Args:
+      statistics: the run so far.
+      telemetry: this step.
+      last_scale: the scale of the step whose overshoot was measured.
+      has_loss: whether the caller gives the loss.
+      law: the constants.
+
+    Returns:
+      The signals on which interpretation and policy act.
+    """
+    s, t = statistics, telemetry
+    n = s.observations
+    if has_loss:
+        noise = jnp.sqrt(_debias(s.loss_variance, 1 - law.loss_slow, n))
+        early = n < law.noise_warmup
+        floor = jnp.where(early, law.noise_floor_start, law.noise_floor) * jnp.abs(s.loss_fast)
+        noise = jnp.maximum(noise, floor)
+        innovation = jnp.where(n > 0, t.loss - s.loss_fast, 0)
+        span = s.index_fast - s.index_slow
+        fall = s.loss_slow - s.loss_fast
+        progress = jnp.where(span > 0, fall / jnp.where(span > 0, span, 1), 0)
+    else:
+        noise = _debias(s.slope_mean, law.overshoot_decay, n) * last_scale
+        innovation = progress = jnp.zeros([], jnp.float32)
+    ratio = t.gradient_norm / jnp.where(s.gradient_mean > 0, s.gradient_mean, jnp.inf)
+    warmup = jnp.maximum(law.warmup / jnp.maximum(n, 1).astype(jnp.float32), 1)
+    overshoot = _debias(s.overshoot_mean, law.overshoot_decay, s.overshoots)
+    square = _debias(s.overshoot_square, law.overshoot_decay, s.overshoots)
+    # Standard error of an exponential mean: its weights' squares add up to (1 - b) / (1 + b).
+    share = (1 - law.overshoot_decay) / (1 + law.overshoot_decay)
+    error = jnp.sqrt(jnp.maximum(square - overshoot**2, 0) * share)
+    return Signals(
+        noise=noise,
+        innovation=innovation,
+        progress=progress,
+        spike=ratio / (law.spike_ratio * warmup),
+        faded=(ratio * law.collapse_ratio * warmup < 1) & (s.gradient_mean > 0),
+        overshoot=overshoot,
+        overshoot_error=error,
+    )
+
+
+def learn_gradient(statistics: Statistics, gradient_norm: jax.Array, law: Law) -> jax.Array:
+    """Returns the mean gradient norm with one more observation.
+
+    A norm above the mean is learned fast and at most at twice the mean, one below it slowly, and a
+    gradient of zero not at all: a level shift is accepted in a bounded number of steps, and a model
+    whose gradients are mostly absent keeps a useful reference.
+
+    Args:
+      statistics: the run so far.
+      gradient_norm: norm of the gradients, finite.
+      law: the constants.
+
+    Returns:
+      The new mean, a float32 scalar.
+    """
+    mean = statistics.gradient_mean
+    first = mean == 0
+    bounded = jnp.where(first, gradient_norm, jnp.minimum(gradient_norm, 2 * mean))
+    weight = jnp.where(bounded > mean, law.gradient_rise, law.gradient_fall)
+    new = _ema(mean, bounded, jnp.where(first, 1, weight))
+    return jnp.where(gradient_norm > 0, new, mean)
+
+
+def observe(
+    statistics: Statistics,
+    telemetry: Telemetry,
+    signals: Signals,
+    last_scale: jax.Array,
+    moved: jax.Array,
+    law: Law,
+) -> Statistics:
+    """Adds one accepted step to the statistics.
+
+    Args:
+      statistics: the run so far.
+      telemetry: this step, all of it finite.
+      signals: this step compared with the run so far.
+      last_scale: the scale of the step whose overshoot was measured.
+      moved: whether there is such a step.
+      law: the constants.
+
+    Returns:
+      The new statistics.
+    """
+    s, t = statistics, telemetry
+    n = s.observations
+    index = n.astype(jnp.float32)
+    fast = jnp.maximum(law.loss_fast, 1 / (index + 1))
+    slow = jnp.maximum(law.loss_slow, 1 / (index + 1))
+    bound = law.loss_clip * signals.noise
+    variance = jnp.clip(signals.innovation, -bound, bound) ** 2
+    normalised = t.overshoot / last_scale**2
+    b = law.overshoot_decay
+    return Statistics(
+        observations=n + 1,
+        gradient_mean=learn_gradient(s, t.gradient_norm, law),
+        loss_fast=_ema(s.loss_fast, t.loss, fast),
+        loss_slow=_ema(s.loss_slow, t.loss, slow),
+        index_fast=_ema(s.index_fast, index, fast),
+        index_slow=_ema(s.index_slow, index, slow),
+        loss_variance=_ema(s.loss_variance, variance, law.loss_slow),
+        overshoots=s.overshoots + moved,
+        overshoot_mean=jnp.where(moved, _ema(s.overshoot_mean, normalised, 1 - b), s.overshoot_mean),
+        overshoot_square=jnp.where(
+            moved, _ema(s.overshoot_square, normalised**2, 1 - b), s.overshoot_square
+        ),
+        slope_mean=_ema(s.slope_mean, jnp.abs(t.slope), 1 - b),
+    )
