@@ -16,7 +16,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +26,23 @@ from rich.console import Console
 from tqdm import tqdm
 
 import lbw_optax
-from experiments import data, plots, report
+from experiments import plots
 from experiments.checkpoint import Checkpoints, cache_folder
-from experiments.errors import UserError
+from experiments.data import (
+    Text,
+    heldout_windows,
+    python_manual,
+    read_text,
+    split,
+    standard_library,
+)
 from experiments.lora import add_lora
 from experiments.methods import METHODS, REGIMES, guard_record, pretraining
 from experiments.models.decoder import Decoder
 from experiments.presets import LrStressPreset, lr_stress_preset
+from experiments.report import guard_rows, markdown_table, number, perplexity_rows, print_table
 from experiments.results import Results
-from experiments.train import Metrics, Trainer, make_evaluate
+from experiments.train import Metrics, Trainer, TrainState, make_evaluate
 
 ZERO_STEP = "zero-step"
 """Name of the record of the model before fine-tuning."""
@@ -43,7 +51,20 @@ PLAIN, GUARDED = "AdamW", "guard(AdamW)"
 """The two methods whose stressed runs are drawn over time."""
 
 PLOTTED_MULTIPLE = 100
-"""The learning rate of those runs, in units of the reference."""
+"""Learning rate of those two runs, in units of the reference."""
+
+
+class Run(NamedTuple):
+    """One cell of the sweep."""
+
+    method: str
+    multiple: float
+    learning_rate: float
+
+    @property
+    def name(self) -> str:
+        """What the results folder calls it."""
+        return f"{self.method} at {self.multiple:g}x"
 
 
 def lr_stress(
@@ -63,13 +84,13 @@ def lr_stress(
       data: Text to fine-tune on instead of the Python reference manual: a file, or a folder of
         UTF-8 files. Its last tenth is held out. Pretraining stays on the standard library.
       results: Folder for the results; the job writes to lr_stress/PRESET in it.
-      seed: Seed of the adapters and of the fine-tuning batches. The pretrained model is shared.
+      seed: Seed of the adapters and of the fine-tuning batches; the pretrained model is shared.
       fresh: Start over, dropping the results of an earlier job in that folder.
     """
-    started = time.time()
     settings = lr_stress_preset(preset)
-    base_text, text = _texts(data)
-    train_tokens, heldout_tokens = _split(text, settings)
+    text = python_manual() if data is None else read_text(data)
+    train_tokens, heldout_tokens = split(text, settings.seq_len)
+    base_text = standard_library()
     config = {
         "suite": "lr-stress",
         "preset": preset,
@@ -81,7 +102,260 @@ def lr_stress(
         "versions": _versions(),
     }
     folder = Results(results / "lr_stress" / preset, config, fresh=fresh)
-    runs = _runs(settings)
-    if any(run not in folder.runs for run in (ZERO_STEP, *runs)):
-        _measure(settings, base_text, train_tokens, heldout_tokens, seed, folder)
-    _publish(settings, config, folder, time.time() - started)
+    todo = [run for run in _runs(settings) if run.name not in folder.runs]
+    if todo:
+        windows = heldout_windows(
+            heldout_tokens,
+            settings.seq_len,
+            settings.heldout_batch_size,
+            settings.heldout_windows,
+        )
+        base = _pretrained(settings, base_text)
+        _measure(settings, base, train_tokens, windows, seed, folder, todo)
+    _publish(settings, config, folder)
+
+
+def _runs(settings: LrStressPreset) -> list[Run]:
+    return [
+        # Nine digits: 3 * 3e-3 is 0.009 to a reader, and the same float32.
+        Run(method, multiple, float(f"{multiple * settings.finetune.reference_lr:.9g}"))
+        for multiple in settings.lr_multiples
+        for method in METHODS
+    ]
+
+
+# Pretraining
+
+
+def _pretrained(settings: LrStressPreset, text: Text) -> nnx.Module:
+    """The base model, from the cache where it is there."""
+    recipe = settings.pretrain
+    ingredients = {
+        "model": dataclasses.asdict(settings.model),
+        "dtype": settings.dtype,
+        "seq_len": settings.seq_len,
+        "recipe": dataclasses.asdict(recipe),
+        "text": text.sha256,
+        "device": jax.devices()[0].device_kind,
+    }
+    digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:16]
+    tokens, _ = split(text, settings.seq_len)
+
+    model = Decoder(settings.model, dtype=jnp.dtype(settings.dtype), rngs=nnx.Rngs(0))
+    graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
+    trainer = Trainer(
+        graphdef,
+        functools.partial(pretraining, steps=recipe.steps),
+        batch_size=recipe.batch_size,
+        seq_len=settings.seq_len,
+        chunk_steps=recipe.chunk_steps,
+    )
+    checkpoints = Checkpoints(cache_folder() / f"pretrained-{digest}")
+    state = _latest(checkpoints, trainer.init(params, recipe.learning_rate))
+    with tqdm(
+        total=recipe.steps, initial=int(state.step), desc="pretraining", unit="step"
+    ) as progress:
+
+        def log(step: int, metrics: Metrics) -> None:
+            progress.set_postfix(loss=f"{metrics.loss[-1]:.3f}", refresh=False)
+            progress.update(len(metrics.loss))
+
+        state = trainer.fit(
+            state,
+            frozen,
+            jnp.asarray(tokens),
+            jax.random.key(0),
+            recipe.learning_rate,
+            steps=recipe.steps,
+            checkpoints=checkpoints,
+            checkpoint_steps=recipe.checkpoint_steps,
+            log=log,
+        )
+    checkpoints.close()
+    return nnx.merge(graphdef, state.params, frozen)
+
+
+def _latest(checkpoints: Checkpoints, initial: TrainState) -> TrainState:
+    restored = checkpoints.restore(initial)
+    return initial if restored is None else restored
+
+
+# Fine-tuning
+
+
+def _measure(
+    settings: LrStressPreset,
+    base: nnx.Module,
+    train_tokens: np.ndarray,
+    windows: np.ndarray,
+    seed: int,
+    folder: Results,
+    todo: list[Run],
+) -> None:
+    """Does the unfinished runs, one after the other."""
+    recipe = settings.finetune
+    key_adapters, key_batches = jax.random.split(jax.random.key(seed))
+    model = add_lora(base, recipe.lora_rank, recipe.lora_alpha, rngs=nnx.Rngs(key_adapters))
+    graphdef, adapters, frozen = nnx.split(model, nnx.LoRAParam, ...)
+    tokens, windows = jnp.asarray(train_tokens), jnp.asarray(windows)
+
+    evaluate = make_evaluate(graphdef)
+    trainers = {
+        method: Trainer(
+            graphdef,
+            make_tx,
+            batch_size=recipe.batch_size,
+            seq_len=settings.seq_len,
+            chunk_steps=recipe.chunk_steps,
+        )
+        for method, make_tx in METHODS.items()
+    }
+    if ZERO_STEP not in folder.runs:
+        folder.finish(ZERO_STEP, {"heldout_loss": float(evaluate(adapters, frozen, windows))})
+
+    all_steps = len(_runs(settings)) * recipe.steps
+    with tqdm(
+        total=all_steps, initial=all_steps - len(todo) * recipe.steps, unit="step"
+    ) as progress:
+        for run in todo:
+            started = time.time()
+            progress.set_description(run.name)
+            checkpoints = Checkpoints(folder.checkpoint_folder(run.name))
+            trainer = trainers[run.method]
+            state = _latest(checkpoints, trainer.init(adapters, run.learning_rate))
+            folder.start(run.name, int(state.step))
+            progress.update(int(state.step))
+
+            def log(step: int, metrics: Metrics, run: Run = run) -> None:
+                folder.log_metrics(_metric_rows(run, step, metrics))
+                progress.set_postfix(loss=f"{metrics.loss[-1]:.3f}", refresh=False)
+                progress.update(len(metrics.loss))
+
+            state = trainer.fit(
+                state,
+                frozen,
+                tokens,
+                key_batches,
+                run.learning_rate,
+                steps=recipe.steps,
+                checkpoints=checkpoints,
+                checkpoint_steps=recipe.checkpoint_steps,
+                log=log,
+            )
+            loss = float(evaluate(state.params, frozen, windows))
+            guard, events = guard_record(state.opt_state)
+            record = {**run._asdict(), "heldout_loss": loss, "seconds": time.time() - started}
+            checkpoints.close()
+            folder.finish(run.name, record | guard, events)
+
+
+def _metric_rows(run: Run, step: int, metrics: Metrics) -> list[dict[str, Any]]:
+    rows = [
+        {"run": run.name, "step": step + i + 1, "loss": float(loss), "grad_norm": float(norm)}
+        for i, (loss, norm) in enumerate(zip(metrics.loss, metrics.grad_norm, strict=True))
+    ]
+    if metrics.guard is not None:
+        for row, scale, regime in zip(rows, *metrics.guard, strict=True):
+            row |= {"scale": float(scale), "regime": REGIMES[regime]}
+    return rows
+
+
+# Results
+
+
+def _publish(settings: LrStressPreset, config: dict[str, Any], folder: Results) -> None:
+    """Writes tables, pictures and the report of a finished job, and prints the tables."""
+    records = {run: folder.runs[run.name] for run in _runs(settings)}
+    for record in records.values():
+        record["heldout_perplexity"] = _perplexity(record["heldout_loss"])
+    zero_step_loss = folder.runs[ZERO_STEP]["heldout_loss"]
+    zero_step = _perplexity(zero_step_loss)
+    curves = {
+        method: [
+            (run.learning_rate, record["heldout_perplexity"])
+            for run, record in records.items()
+            if run.method == method
+        ]
+        for method in METHODS
+    }
+    best = min(perplexity for _, perplexity in curves[PLAIN])
+    guarded = [record for run, record in records.items() if run.method == GUARDED]
+
+    folder.write_csv("summary.csv", list(records.values()))
+    title = f"LoRA fine-tune of a decoder ({config['preset']}) on the {config['data']['name']}"
+    folder.write("perplexity.png", plots.lr_curves(curves, zero_step, best, title))
+    rate = PLOTTED_MULTIPLE * settings.finetune.reference_lr
+    picture = plots.stressed_run(
+        *(
+            (method, folder.metrics(Run(method, PLOTTED_MULTIPLE, rate).name))
+            for method in (PLAIN, GUARDED)
+        ),
+        zero_step_loss,
+        f"Learning rate {PLOTTED_MULTIPLE}x too high ({rate:g})",
+    )
+    folder.write("stressed_run.png", picture)
+
+    tables = {
+        f"Held-out perplexity (zero-step {number(zero_step)})": perplexity_rows(
+            curves, settings.lr_multiples
+        ),
+        "What the guard did": guard_rows(guarded, settings.lr_multiples),
+    }
+    folder.write("report.md", _markdown(config, tables, zero_step, best, records.values()))
+    console = Console()
+    for name, table in tables.items():
+        print_table(console, name, *table)
+    console.print(f"report, pictures and logs: {folder.folder}", soft_wrap=True)
+
+
+def _markdown(config, tables, zero_step, best, records) -> str:
+    (perplexity_title, perplexity), (guard_title, guard) = tables.items()
+    finetune = config["settings"]["finetune"]
+    seconds = sum(record["seconds"] for record in records)
+    versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
+    return f"""# Learning-rate stress, {config["preset"]}
+
+A decoder pretrained on the {config["pretraining data"]["name"]} is fine-tuned with LoRA on
+{config["data"]["name"]} for {finetune["steps"]} steps. 1x is AdamW's best learning rate,
+{finetune["reference_lr"]:g}. Perplexity is per byte, on text that was never trained on.
+
+## {perplexity_title}
+
+{markdown_table(*perplexity)}
+
+Before fine-tuning: {number(zero_step)}. Best AdamW: {number(best)}.
+
+![Held-out perplexity against the learning rate](perplexity.png)
+
+## {guard_title}
+
+{markdown_table(*guard)}
+
+![Loss, scale and regimes of a stressed run](stressed_run.png)
+
+Every intervention is in `events.jsonl`, every step in `metrics.jsonl`.
+
+## How it was made
+
+    python -m experiments {shlex.join(sys.argv[1:])}
+
+- seed: {config["seed"]}
+- device: {config["device"]}
+- fine-tuning runs: {seconds:.0f} s in all, compilation included
+- versions: {versions}
+"""
+
+
+def _perplexity(loss: float | None) -> float:
+    # exp(700) is near the largest float; null is a loss that is not finite.
+    return math.exp(loss) if loss is not None and loss < 700 else math.inf
+
+
+@functools.cache  # The code that was imported counts, not what becomes of its files later.
+def _versions() -> dict[str, str]:
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    # The guard's own sources count as well: while it is developed, its version does not change.
+    sources = sorted(Path(lbw_optax.__file__).parent.rglob("*.py"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
+    return versions | {"lbw_optax": f"{importlib.metadata.version('lbw_optax')}+{digest}"}

@@ -85,7 +85,8 @@ def guard_record(opt_state: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
       opt_state: An optimizer state.
 
     Returns:
-      The scalar fields of the guard's report as `guard_...`, and its events; both empty without a guard.
+      The scalar fields of the guard's report as `guard_...`, and its events; both are empty
+      without a guard.
     """
     if guard_telemetry(opt_state) is None:
         return {}, []

@@ -51,9 +51,7 @@ def lr_curves(
     top = 10 * zero_step
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-        for (method, points), color, marker in zip(
-            curves.items(), _COLORS, _MARKERS, strict=False
-        ):
+        for (method, points), color, marker in zip(curves.items(), _COLORS, _MARKERS, strict=False):
             rates = np.array([rate for rate, _ in points])
             shown = np.array([min(p, top) if math.isfinite(p) else top for _, p in points])
             axes.plot(rates, shown, color=color, marker=marker, markersize=5, label=method)

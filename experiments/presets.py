@@ -89,8 +89,10 @@ def nano() -> LrStressPreset:
         pretrain=PretrainConfig(
             steps=2000, batch_size=16, learning_rate=3e-3, chunk_steps=20, checkpoint_steps=500
         ),
+        # AdamW's held-out perplexity after 400 steps: 4.16 at 1e-3, 4.11 at 3e-3, 4.32 at 1e-2
+        # (zero-step: 5.21).
         finetune=FinetuneConfig(
-            steps=240, batch_size=8, reference_lr=3e-3, chunk_steps=20, checkpoint_steps=80
+            steps=400, batch_size=8, reference_lr=3e-3, chunk_steps=20, checkpoint_steps=200
         ),
         heldout_batch_size=32,
         heldout_windows=256,

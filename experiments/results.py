@@ -96,7 +96,7 @@ class Results:
         differing = sorted(k for k in config.keys() | found.keys() if config.get(k) != found.get(k))
         if differing:
             raise UserError(
-                f"{self.folder} holds results with another {', '.join(differing)}: "
+                f"{self.folder} holds results of another job (different {', '.join(differing)}): "
                 "choose another --results, or --fresh to start over"
             )
         self.write(_CONFIG, json.dumps(config, indent=2))

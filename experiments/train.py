@@ -85,8 +85,15 @@ class Trainer:
         chunk_steps: int,
     ):
         self.chunk_steps = chunk_steps
-        self._make_tx = make_tx
         loss_fn = functools.partial(next_token_loss, graphdef)
+
+        @jax.jit
+        def init(params, learning_rate):
+            # train_chunk donates its state: what is in there must be a copy, and (being made in a
+            # compiled function) no two of its leaves share a buffer.
+            params = jax.tree.map(jnp.copy, params)
+            opt_state = make_tx(learning_rate).init(params)
+            return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
         @functools.partial(jax.jit, donate_argnums=0)
         def train_chunk(state, frozen, tokens, key, learning_rate):
@@ -103,12 +110,12 @@ class Trainer:
 
             return jax.lax.scan(train_step, state, length=chunk_steps)
 
+        self._init = init
         self._train_chunk = train_chunk
 
     def init(self, params: Any, learning_rate: float) -> TrainState:
-        """The state before the first step; its buffers are consumed by `fit`."""
-        opt_state = self._make_tx(learning_rate).init(params)
-        return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+        """The state before the first step, with a copy of the parameters."""
+        return self._init(params, jnp.asarray(learning_rate, jnp.float32))
 
     def fit(
         self,
@@ -126,7 +133,7 @@ class Trainer:
         """Trains to a number of steps, from the state's own step on.
 
         Args:
-          state: Where to start: from `init`, or restored.
+          state: Where to start: from `init`, or restored. Its buffers are consumed.
           frozen: The part of the model's state that does not train.
           tokens: The text, integers of shape (n,).
           key: Random key of the batches.

@@ -1,0 +1,38 @@
+"""The command line: `python -m experiments SUITE ...`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from experiments.errors import UserError
+from experiments.lr_stress import lr_stress
+
+SUITES = {"lr-stress": lr_stress}
+"""Name on the command line -> the suite; its arguments and their help come from its signature."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs a suite.
+
+    Args:
+      args: The command line's arguments; those of the process by default.
+
+    Returns:
+      The exit code: 0, 2 for an error of the user's, 130 for an interruption.
+    """
+    try:
+        tyro.extras.subcommand_cli_from_dict(SUITES, prog="python -m experiments", args=args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

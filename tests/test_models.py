@@ -1,0 +1,153 @@
+"""The decoder: its size, shapes, causality, attention, position embedding and norm."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from experiments.models.config import DecoderConfig
+from experiments.models.decoder import Attention, Decoder, RMSNorm, apply_rope, rope_angles
+
+TINY = DecoderConfig(
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+    vocab_size=32,
+)
+
+# The published config.json, less what does not bear on the shape.
+QWEN2_5_HALF_B = {
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "model_type": "qwen2",
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "vocab_size": 151936,
+}
+TINYLLAMA = {
+    "attention_bias": False,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "max_position_embeddings": 2048,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 22,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-05,
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+
+
+forward = nnx.jit(lambda model, *inputs: model(*inputs))
+
+
+def tokens(seed, shape=(2, 9)):
+    return jax.random.randint(jax.random.key(seed), shape, 0, TINY.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("config", "count"), [(QWEN2_5_HALF_B, 494_032_768), (TINYLLAMA, 1_100_048_384)]
+)
+def test_published_models_have_their_published_size(config, count):
+    model = nnx.eval_shape(lambda: Decoder(DecoderConfig.from_hf(config), rngs=nnx.Rngs(0)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == count
+
+
+def test_from_hf_reads_both_places_of_rope_theta():
+    assert DecoderConfig.from_hf(QWEN2_5_HALF_B).rope_theta == 1e6
+    assert DecoderConfig.from_hf(TINYLLAMA).rope_theta == 1e4
+    assert DecoderConfig.from_hf(TINYLLAMA).attention_bias is False
+    assert DecoderConfig.from_hf(QWEN2_5_HALF_B).attention_bias is True
+
+
+@pytest.mark.parametrize("change", [{"num_key_value_heads": 3}, {"head_dim": 5}])
+def test_impossible_shape_is_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        dataclasses.replace(TINY, **change)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_logits_are_float32_of_the_right_shape(tied, dtype):
+    config = dataclasses.replace(TINY, tie_word_embeddings=tied)
+    logits = forward(Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)), tokens(0))
+    assert logits.shape == (2, 9, TINY.vocab_size)
+    assert logits.dtype == jnp.float32
+    assert bool(jnp.isfinite(logits).all())
+
+
+def test_too_long_a_sequence_is_refused():
+    model = Decoder(dataclasses.replace(TINY, max_position_embeddings=8), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="max_position_embeddings"):
+        model(tokens(0))
+
+
+def test_causal():
+    model = Decoder(TINY, rngs=nnx.Rngs(0))
+    before = tokens(0)
+    after = before.at[:, 5].add(1) % TINY.vocab_size
+    difference = jnp.abs(forward(model, after) - forward(model, before)).max(axis=(0, 2))
+    assert (difference[:5] == 0).all()
+    assert (difference[5:] > 0).all()
+
+
+def test_grouped_attention_equals_attention_with_repeated_heads():
+    grouped = Attention(TINY, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    config = dataclasses.replace(TINY, num_key_value_heads=TINY.num_attention_heads)
+    full = Attention(config, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(1))
+
+    def repeat(x):  # (..., k * h) -> (..., n * h), each head twice in a row
+        heads = x.reshape(*x.shape[:-1], TINY.num_key_value_heads, TINY.head_dim)
+        return jnp.repeat(heads, 2, axis=-2).reshape(*x.shape[:-1], -1)
+
+    for name in ("q_proj", "o_proj"):
+        nnx.update(getattr(full, name), nnx.state(getattr(grouped, name)))
+    for name in ("k_proj", "v_proj"):
+        state = jax.tree.map(repeat, nnx.state(getattr(grouped, name)))
+        nnx.update(getattr(full, name), state)
+
+    x = jax.random.normal(jax.random.key(2), (2, 9, TINY.hidden_size))
+    cos, sin = rope_angles(jnp.arange(9), TINY.head_dim, TINY.rope_theta)
+    expected = forward(full, x, cos, sin)
+    np.testing.assert_allclose(forward(grouped, x, cos, sin), expected, atol=1e-6)
+
+
+def test_rope_products_depend_on_the_distance_only():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+
+    @jax.jit
+    def product(position_q, position_k):
+        cos, sin = rope_angles(jnp.array([position_q]), 8, 10_000.0)
+        rotated_q = apply_rope(q, cos, sin)
+        cos, sin = rope_angles(jnp.array([position_k]), 8, 10_000.0)
+        return jnp.vdot(rotated_q, apply_rope(k, cos, sin))
+
+    np.testing.assert_allclose(product(7, 3), product(104, 100), rtol=1e-4)
+    assert abs(product(7, 3) - product(7, 4)) > 1e-3
+    np.testing.assert_allclose(product(5, 5), jnp.vdot(q, k), rtol=1e-5)
+
+
+def test_rope_angles_stay_exact_far_out():
+    cos, _ = rope_angles(jnp.array([2047]), 4, 10_000.0)
+    assert cos.dtype == jnp.float32
+    np.testing.assert_allclose(cos[0], np.cos([2047.0, 20.47]), atol=1e-4)
+
+
+def test_rms_norm_is_taken_in_float32():
+    norm = RMSNorm(4, 1e-6, param_dtype=jnp.float32)
+    x = jnp.full((1, 4), 3e4, jnp.float16)  # Its square overflows float16.
+    assert norm(x).dtype == jnp.float16
+    np.testing.assert_allclose(norm(x), 1, rtol=1e-3)
