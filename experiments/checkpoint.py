@@ -9,6 +9,8 @@ from typing import TypeVar
 import jax
 import orbax.checkpoint as ocp
 
+from experiments.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -29,7 +31,10 @@ class Checkpoints:
     def __init__(self, folder: Path):
         # Synchronous: the states are small, and a returned save() is then a finished one.
         options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        try:
+            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        except OSError as error:
+            raise UserError(f"cannot write checkpoints to {folder}: {error.strerror}") from error
 
     def save(self, step: int, state: T) -> None:
         """Saves a pytree of arrays as the state after `step` steps."""

@@ -58,7 +58,7 @@ def standard_library() -> Text:
     """The Python sources of the running interpreter's standard library, about 10 MB."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [path for path in _walk(root, skip=_NOT_SOURCE) if path.suffix == ".py"]
-    return Text("Python standard library", b"\n".join(path.read_bytes() for path in files))
+    return Text("the Python standard library", b"\n".join(path.read_bytes() for path in files))
 
 
 def python_manual() -> Text:
@@ -74,7 +74,7 @@ def python_manual() -> Text:
         for name in sorted(topics.topics)
         for paragraph in topics.topics[name].split("\n\n")
     ]
-    return Text("Python reference manual", "\n\n".join(dict.fromkeys(paragraphs)).encode())
+    return Text("the Python reference manual", "\n\n".join(dict.fromkeys(paragraphs)).encode())
 
 
 def read_text(path: Path) -> Text:
@@ -86,15 +86,16 @@ def read_text(path: Path) -> Text:
     Returns:
       The text, named after the path.
     """
-    if path.is_dir():
-        contents = [
-            content for file in _walk(path, skip=set()) if _is_utf8(content := file.read_bytes())
-        ]
-        content = b"\n".join(contents)
-    elif path.exists():
-        content = path.read_bytes()
-    else:
-        raise UserError(f"--data {path}: no such file or folder")
+    try:
+        if path.is_dir():
+            contents = (file.read_bytes() for file in _walk(path, skip=set()))
+            content = b"\n".join(filter(_is_utf8, contents))
+        else:
+            content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"--data {path}: no such file or folder") from error
+    except OSError as error:
+        raise UserError(f"--data {path}: {error.strerror}") from error
     if not content.strip():
         raise UserError(f"--data {path}: there is no text in it")
     return Text(str(path), content)

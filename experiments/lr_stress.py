@@ -36,6 +36,7 @@ from experiments.data import (
     split,
     standard_library,
 )
+from experiments.errors import UserError
 from experiments.lora import add_lora
 from experiments.methods import METHODS, REGIMES, guard_record, pretraining
 from experiments.models.decoder import Decoder
@@ -88,6 +89,8 @@ def lr_stress(
       fresh: Start over, dropping the results of an earlier job in that folder.
     """
     settings = lr_stress_preset(preset)
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed {seed}: must be in 0 ... 2**32 - 1")
     text = python_manual() if data is None else read_text(data)
     train_tokens, heldout_tokens = split(text, settings.seq_len)
     base_text = standard_library()
@@ -282,7 +285,7 @@ def _publish(settings: LrStressPreset, config: dict[str, Any], folder: Results) 
     guarded = [record for run, record in records.items() if run.method == GUARDED]
 
     folder.write_csv("summary.csv", list(records.values()))
-    title = f"LoRA fine-tune of a decoder ({config['preset']}) on the {config['data']['name']}"
+    title = f"LoRA fine-tune of a decoder ({config['preset']}) on {config['data']['name']}"
     folder.write("perplexity.png", plots.lr_curves(curves, zero_step, best, title))
     rate = PLOTTED_MULTIPLE * settings.finetune.reference_lr
     picture = plots.stressed_run(
@@ -315,8 +318,8 @@ def _markdown(config, tables, zero_step, best, records) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
     return f"""# Learning-rate stress, {config["preset"]}
 
-A decoder pretrained on the {config["pretraining data"]["name"]} is fine-tuned with LoRA on
-{config["data"]["name"]} for {finetune["steps"]} steps. 1x is AdamW's best learning rate,
+A decoder pretrained on {config["pretraining data"]["name"]} is fine-tuned with LoRA on
+{config["data"]["name"]} for {finetune["steps"]} steps. 1x is AdamW's tuned learning rate,
 {finetune["reference_lr"]:g}. Perplexity is per byte, on text that was never trained on.
 
 ## {perplexity_title}

@@ -18,6 +18,9 @@ import lbw_optax
 REGIMES = ("STABLE", "STRESS", "SPIKE", "RECOVERY")
 """Names of the integers in `GuardState.regime`."""
 
+LOG_SIZE = 1024
+"""Events that the guard's log holds: more than the steps of a run, so that none is dropped."""
+
 CLIP_NORM = 1.0
 """Largest gradient norm of the clipping baseline, the usual choice since GPT-3."""
 
@@ -33,8 +36,8 @@ def adamw_clip(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransform
 
 
 def guard(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """AdamW, guarded with the guard's defaults."""
-    return lbw_optax.guard(adamw(learning_rate))
+    """AdamW, guarded with the guard's defaults and a log that holds the whole run."""
+    return lbw_optax.guard(adamw(learning_rate), log_size=LOG_SIZE)
 
 
 METHODS: dict[str, Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +16,9 @@ from experiments.methods import REGIMES
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.axis import Axis
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 _COLORS = ("#b2182b", "#ef8a62", "#2166ac", "#4d9221", "#762a83", "#7f7f7f")
 """Of the methods in order; from ColorBrewer, distinct for colour-blind readers."""
@@ -49,33 +52,40 @@ def lr_curves(
       The PNG file.
     """
     top = 10 * zero_step
+    lines = []
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
         for (method, points), color, marker in zip(curves.items(), _COLORS, _MARKERS, strict=False):
             rates = np.array([rate for rate, _ in points])
             shown = np.array([min(p, top) if math.isfinite(p) else top for _, p in points])
-            axes.plot(rates, shown, color=color, marker=marker, markersize=5, label=method)
-            above = shown >= top
-            axes.plot(
-                rates[above], shown[above], "^", color=color, markersize=10, clip_on=False, zorder=3
+            lines += axes.plot(rates, shown, color=color, marker=marker, markersize=5, label=method)
+            for rate in rates[shown >= top]:
+                axes.plot(rate, top, "^", color=color, markersize=10)
+        for name, level, offset in (
+            ("zero-step", zero_step, 3),
+            ("best AdamW", min(best, top), -11),
+        ):
+            axes.axhline(level, color="0.35", linestyle="--", linewidth=1, zorder=1)
+            note = axes.annotate(
+                f"{name} {level:.2f}",
+                (1, level),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                xytext=(0, offset),
+                ha="right",
+                color="0.35",
+                fontsize=9,
             )
-        axes.axhline(zero_step, color="0.35", linestyle="--", linewidth=1)
-        axes.axhline(best, color="0.35", linestyle=":", linewidth=1)
-        right = {"xycoords": ("axes fraction", "data"), "color": "0.35", "fontsize": 9}
-        below = {"textcoords": "offset points", "xytext": (0, 3), "ha": "right"}
-        axes.annotate(f"zero-step {zero_step:.2f}", (1, zero_step), **right, **below)
-        axes.annotate(
-            f"best AdamW {best:.2f}", (1, best), **right, **(below | {"xytext": (0, -11)})
-        )
+            note.set_in_layout(False)  # Else the layout makes room for it outside the axes.
         axes.set(xscale="log", yscale="log", title=title)
-        lowest = min(best, *(p for points in curves.values() for _, p in points if p == p))
-        axes.set_ylim(lowest / 1.15, top)
         axes.set(xlabel="learning rate", ylabel="held-out perplexity")
+        lowest = min(zero_step, *(line.get_ydata().min() for line in lines))
+        highest = max(zero_step, *(line.get_ydata().max() for line in lines))
+        axes.set_ylim(lowest / 1.2, highest * 1.2)
         axes.set_xticks([rate for rate, _ in next(iter(curves.values()))])
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
+        _plain_log_ticks(axes.yaxis)
         axes.legend(loc="upper left")
         return _png(figure)
 
@@ -108,31 +118,33 @@ def stressed_run(
             )
         upper.axhline(zero_step_loss, color="0.35", linestyle="--", linewidth=1, label="zero-step")
         upper.set(yscale="log", ylabel="training loss (nats)", title=title)
-        upper.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-        upper.yaxis.set_minor_formatter(NullFormatter())
+        _plain_log_ticks(upper.yaxis)
         upper.legend(loc="upper right")
 
         rows = guarded[1]
         steps = np.array([row["step"] for row in rows])
         lower.plot(steps, [row["scale"] for row in rows], color=_COLORS[2], linewidth=1.2)
         lower.set(yscale="log", xlabel="step", ylabel="guard's scale")
+        _plain_log_ticks(lower.yaxis)
         regimes = np.array([REGIMES.index(row["regime"]) for row in rows])
-        for index, (regime, color) in enumerate(zip(REGIMES, _REGIME_COLORS, strict=True)):
-            active = regimes == index
-            if active.any():
-                lower.fill_between(
-                    steps,
-                    0,
-                    1,
-                    where=active,
-                    step="mid",
-                    transform=lower.get_xaxis_transform(),
-                    color=color,
-                    linewidth=0,
-                    label=regime.lower(),
-                )
-        lower.legend(loc="upper right", ncols=len(REGIMES))
+        edges = [0, *(np.flatnonzero(np.diff(regimes)) + 1), len(regimes)]
+        for start, stop in itertools.pairwise(edges):
+            color = _REGIME_COLORS[regimes[start]]
+            lower.axvspan(steps[start] - 0.5, steps[stop - 1] + 0.5, color=color, linewidth=0)
+        patches = [
+            Patch(color=color, label=name.lower())
+            for name, color in zip(REGIMES, _REGIME_COLORS, strict=True)
+        ]
+        above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
+        lower.legend(handles=patches, ncols=len(patches), fontsize=9, **above)
         return _png(figure)
+
+
+def _plain_log_ticks(axis: Axis) -> None:
+    """Labels 1, 2, 5, 10, ...: an axis of less than a decade would else show a single number."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _png(figure: plt.Figure) -> bytes:

@@ -3,10 +3,12 @@
 import csv
 import dataclasses
 import json
+import math
 
+import jax
 import pytest
 
-from experiments import presets
+from experiments import plots, presets
 from experiments.__main__ import main
 from experiments.models.config import DecoderConfig
 from experiments.results import Results
@@ -31,7 +33,23 @@ RUNS = 6
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+    """Where pretrained models are kept.
+
+    Most of a tiny job is compilation: it is made cheap here, and is shared by the module's jobs.
+    """
+    folder = tmp_path_factory.mktemp("cache")
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(folder / "programs"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield folder
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +111,7 @@ class TestJob:
         guarded = [row for row in rows if row["run"].startswith("guard")]
         assert {row["regime"] for row in guarded} <= {"STABLE", "STRESS", "SPIKE", "RECOVERY"}
         assert all(0 < row["scale"] <= 1 for row in guarded)
+        assert all(row["guard_events_dropped"] in ("", "0") for row in summary)
         text = (folder / "report.md").read_text()
         assert "(perplexity.png)" in text
         assert "python -m experiments" in text
@@ -117,7 +136,8 @@ class TestJob:
             log_metrics(self, rows)
 
         # In the first run, before and after its checkpoint at step 10; then in the third run.
-        for calls in (1, 3, 9):
+        for allowed in (1, 3, 9):
+            calls = allowed
             with monkeypatch.context() as patch:
                 patch.setattr(Results, "log_metrics", interrupted)
                 assert run(tmp_path, text) == 130
@@ -161,6 +181,14 @@ class TestErrors:
     def test_unknown_preset(self, fails):
         fails("--preset huge: unknown; choose one of nano, small", preset="huge")
 
+    def test_seed_out_of_range(self, fails):
+        fails("--seed -1: must be in", "--seed=-1")
+
+    def test_cache_that_cannot_be_written(self, fails, tmp_path, monkeypatch):
+        (tmp_path / "cache").touch()
+        monkeypatch.setenv("LBW_OPTAX_CACHE", str(tmp_path / "cache"))
+        fails("cannot write checkpoints to")
+
     def test_missing_data(self, fails, tmp_path):
         fails("no such file or folder", "--data", str(tmp_path / "absent"))
 
@@ -181,6 +209,11 @@ class TestErrors:
         folder.mkdir(parents=True)
         (folder / "config.json").write_text("{")
         fails("damaged: use --fresh")
+
+
+def test_diverged_runs_can_be_drawn():
+    png = plots.lr_curves({"AdamW": [(1e-3, math.inf), (1e-1, math.inf)]}, 5.0, math.inf, "title")
+    assert png.startswith(b"\x89PNG")
 
 
 def test_presets_are_consistent():
