@@ -40,17 +40,19 @@ class Checkpoints:
         """Saves a pytree of arrays as the state after `step` steps."""
         self._manager.save(step, args=ocp.args.StandardSave(state))
 
-    def restore(self, like: T) -> T | None:
-        """The saved state, or None where there is none.
+    def restore_or(self, initial: T) -> T:
+        """The saved state, or the initial one where none is saved.
 
         Args:
-          like: A pytree of the same structure, shapes, dtypes and shardings; its values are not
-            used.
+          initial: A pytree of the structure, shapes, dtypes and shardings of the saved one.
+
+        Returns:
+          A pytree like `initial`.
         """
         step = self._manager.latest_step()
         if step is None:
-            return None
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+            return initial
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, initial)
         return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
 
     def close(self) -> None:

@@ -7,14 +7,11 @@ learning rate to 300 times that, with every method of `METHODS`.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
-import importlib.metadata
-import json
 import math
 import shlex
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,25 +22,24 @@ from flax import nnx
 from rich.console import Console
 from tqdm import tqdm
 
-import lbw_optax
 from experiments import plots
-from experiments.checkpoint import Checkpoints, cache_folder
+from experiments.checkpoint import Checkpoints
 from experiments.data import (
-    Text,
     heldout_windows,
     python_manual,
     read_text,
     split,
     standard_library,
 )
+from experiments.environment import versions
 from experiments.errors import UserError
 from experiments.lora import add_lora
-from experiments.methods import METHODS, REGIMES, guard_record, pretraining
-from experiments.models.decoder import Decoder
+from experiments.methods import METHODS, REGIMES, guard_record
 from experiments.presets import LrStressPreset, lr_stress_preset
+from experiments.pretrain import pretrained
 from experiments.report import guard_rows, markdown_table, number, perplexity_rows, print_table
 from experiments.results import Results
-from experiments.train import Metrics, Trainer, TrainState, make_evaluate
+from experiments.train import Metrics, Trainer, make_evaluate
 
 ZERO_STEP = "zero-step"
 """Name of the record of the model before fine-tuning."""
@@ -102,7 +98,7 @@ def lr_stress(
         "data": {"name": text.name, "bytes": len(text.content), "sha256": text.sha256},
         "pretraining data": {"name": base_text.name, "sha256": base_text.sha256},
         "device": jax.devices()[0].device_kind,
-        "versions": _versions(),
+        "versions": versions(),
     }
     folder = Results(results / "lr_stress" / preset, config, fresh=fresh)
     todo = [run for run in _runs(settings) if run.name not in folder.runs]
@@ -113,7 +109,9 @@ def lr_stress(
             settings.heldout_batch_size,
             settings.heldout_windows,
         )
-        base = _pretrained(settings, base_text)
+        base = pretrained(
+            settings.model, settings.dtype, settings.seq_len, settings.pretrain, base_text
+        )
         _measure(settings, base, train_tokens, windows, seed, folder, todo)
     _publish(settings, config, folder)
 
@@ -125,62 +123,6 @@ def _runs(settings: LrStressPreset) -> list[Run]:
         for multiple in settings.lr_multiples
         for method in METHODS
     ]
-
-
-# Pretraining
-
-
-def _pretrained(settings: LrStressPreset, text: Text) -> nnx.Module:
-    """The base model, from the cache where it is there."""
-    recipe = settings.pretrain
-    ingredients = {
-        "model": dataclasses.asdict(settings.model),
-        "dtype": settings.dtype,
-        "seq_len": settings.seq_len,
-        "recipe": dataclasses.asdict(recipe),
-        "text": text.sha256,
-        "device": jax.devices()[0].device_kind,
-    }
-    digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:16]
-    tokens, _ = split(text, settings.seq_len)
-
-    model = Decoder(settings.model, dtype=jnp.dtype(settings.dtype), rngs=nnx.Rngs(0))
-    graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
-    trainer = Trainer(
-        graphdef,
-        functools.partial(pretraining, steps=recipe.steps),
-        batch_size=recipe.batch_size,
-        seq_len=settings.seq_len,
-        chunk_steps=recipe.chunk_steps,
-    )
-    checkpoints = Checkpoints(cache_folder() / f"pretrained-{digest}")
-    state = _latest(checkpoints, trainer.init(params, recipe.learning_rate))
-    with tqdm(
-        total=recipe.steps, initial=int(state.step), desc="pretraining", unit="step"
-    ) as progress:
-
-        def log(step: int, metrics: Metrics) -> None:
-            progress.set_postfix(loss=f"{metrics.loss[-1]:.3f}", refresh=False)
-            progress.update(len(metrics.loss))
-
-        state = trainer.fit(
-            state,
-            frozen,
-            jnp.asarray(tokens),
-            jax.random.key(0),
-            recipe.learning_rate,
-            steps=recipe.steps,
-            checkpoints=checkpoints,
-            checkpoint_steps=recipe.checkpoint_steps,
-            log=log,
-        )
-    checkpoints.close()
-    return nnx.merge(graphdef, state.params, frozen)
-
-
-def _latest(checkpoints: Checkpoints, initial: TrainState) -> TrainState:
-    restored = checkpoints.restore(initial)
-    return initial if restored is None else restored
 
 
 # Fine-tuning
@@ -225,7 +167,7 @@ def _measure(
             progress.set_description(run.name)
             checkpoints = Checkpoints(folder.checkpoint_folder(run.name))
             trainer = trainers[run.method]
-            state = _latest(checkpoints, trainer.init(adapters, run.learning_rate))
+            state = checkpoints.restore_or(trainer.init(adapters, run.learning_rate))
             folder.start(run.name, int(state.step))
             progress.update(int(state.step))
 
@@ -311,11 +253,17 @@ def _publish(settings: LrStressPreset, config: dict[str, Any], folder: Results) 
     console.print(f"report, pictures and logs: {folder.folder}", soft_wrap=True)
 
 
-def _markdown(config, tables, zero_step, best, records) -> str:
+def _markdown(
+    config: dict[str, Any],
+    tables: dict[str, tuple[list[str], list[list[str]]]],
+    zero_step: float,
+    best: float,
+    records: Iterable[dict[str, Any]],
+) -> str:
     (perplexity_title, perplexity), (guard_title, guard) = tables.items()
     finetune = config["settings"]["finetune"]
     seconds = sum(record["seconds"] for record in records)
-    versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
+    packages = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
     return f"""# Learning-rate stress, {config["preset"]}
 
 A decoder pretrained on {config["pretraining data"]["name"]} is fine-tuned with LoRA on
@@ -345,20 +293,10 @@ Every intervention is in `events.jsonl`, every step in `metrics.jsonl`.
 - seed: {config["seed"]}
 - device: {config["device"]}
 - fine-tuning runs: {seconds:.0f} s in all, compilation included
-- versions: {versions}
+- versions: {packages}
 """
 
 
 def _perplexity(loss: float | None) -> float:
     # exp(700) is near the largest float; null is a loss that is not finite.
     return math.exp(loss) if loss is not None and loss < 700 else math.inf
-
-
-@functools.cache  # The code that was imported counts, not what becomes of its files later.
-def _versions() -> dict[str, str]:
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    # The guard's own sources count as well: while it is developed, its version does not change.
-    sources = sorted(Path(lbw_optax.__file__).parent.rglob("*.py"))
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
-    return versions | {"lbw_optax": f"{importlib.metadata.version('lbw_optax')}+{digest}"}

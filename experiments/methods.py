@@ -15,7 +15,7 @@ import optax
 
 import lbw_optax
 
-REGIMES = ("STABLE", "STRESS", "SPIKE", "RECOVERY")
+REGIMES = tuple(regime.name for regime in lbw_optax.Regime)
 """Names of the integers in `GuardState.regime`."""
 
 LOG_SIZE = 1024
