@@ -6,6 +6,7 @@ import math
 
 import jax
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from experiments import plots, presets
 from experiments.__main__ import main
@@ -47,9 +48,11 @@ def cache(tmp_path_factory):
     before = {name: jax.config.values[name] for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
+    reset_cache()  # Else jax goes by the folder of the process' first compilation.
     yield folder
     for name, value in before.items():
         jax.config.update(name, value)
+    reset_cache()
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +92,6 @@ def finished(tmp_path_factory, cache, text):
     return results
 
 
-@pytest.mark.xdist_group("lr_stress")
 class TestJob:
     def test_leaves_all_its_files(self, finished):
         folder = finished / "lr_stress" / "tiny"
