@@ -104,7 +104,7 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
         bounds = policy.envelope(
             state.controller, telemetry, state.statistics.observations, has_params, law, limits
         )
-        pressure = telemetry.step_norm / jnp.maximum(bounds.healthy, jnp.finfo(jnp.float32).tiny)
+        pressure = telemetry.step_norm / bounds.healthy
         diagnosis = interpretation.diagnose(telemetry, signals, pressure, law)
         regime, dwell = interpretation.next_regime(
             state.regime, state.dwell, diagnosis, state.scale, law
@@ -119,7 +119,6 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
             signals,
             bounds,
             can_undo,
-            has_loss,
             law,
             limits,
         )
@@ -134,9 +133,7 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
 
         # Learn and log.
         nonfinite = controller.nonfinites > 0
-        observed = sensing.observe(
-            state.statistics, telemetry, signals, last_scale, moved, law
-        )
+        observed = sensing.observe(state.statistics, telemetry, signals, last_scale, moved, law)
         spike = diagnosis.alarm == Cause.GRADIENT_SPIKE
         absorbed = state.statistics._replace(gradient_mean=observed.gradient_mean)
         statistics = jax.tree.map(

@@ -67,9 +67,7 @@ class Diagnosis(NamedTuple):
     calm: jax.Array  # shape=(), dtype=bool
 
 
-def diagnose(
-    telemetry: Telemetry, signals: Signals, pressure: jax.Array, law: Law
-) -> Diagnosis:
+def diagnose(telemetry: Telemetry, signals: Signals, pressure: jax.Array, law: Law) -> Diagnosis:
     """Names what is wrong with one step.
 
     A hard batch and a harmful step both raise the loss. They are told apart at once: a hard batch

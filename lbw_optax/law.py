@@ -3,6 +3,18 @@
 import dataclasses
 import math
 
+_SHARES = (
+    "loss_decay",
+    "noise_decay",
+    "overshoot_decay",
+    "gradient_rise",
+    "gradient_fall",
+    "calm_ratio",
+    "slack",
+    "cut",
+    "cut_limit",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Law:
@@ -13,31 +25,42 @@ class Law:
     of the study are made. Ratios and scales are dimensionless, decays are per step.
     """
 
-    relative_step: float = 0.01
-    """Envelope: longest healthy step over the parameters' norm. AdamW's best learning rate takes
-    0.7-1 % on small decoders after the first steps, three times that rate is already harmful."""
+    # Envelope: how long a healthy step is.
+    relative_step: float = 0.007
+    """Longest healthy step over the parameters' norm, in the long run."""
     relative_step_start: float = 0.03
-    """Envelope of the first step; falls with 1/sqrt(t) to `relative_step`. AdamW's first steps are
-    3-4 times longer than its later ones because its second moment has just begun."""
-    growth: float = 1.02
-    """Factor per step by which the envelope widens while steps are provably too short, and narrows
-    while they are provably too long. Above 0.4 (1 - overshoot_decay) it outruns its own evidence."""
-    growth_limit: float = 10.0
-    """How far the envelope can widen."""
+    """The same for the first step, where Adam's step is a sign: later ones are about 4 times shorter
+    because its first moment averages the noise away."""
+    relative_step_power: float = 0.3
+    """The first value falls with this power of the step, as AdamW's own steps do at its best
+    learning rate."""
+    unset_size: float = 1e-3
+    """Parameters whose root mean square is below this have no size of their own yet: a relative step
+    says nothing about them."""
+    trust_straight: float = 0.9
+    """The absolute trust radius grows after a bound step whose slope at the end is still this share of
+    the slope at the start. Networks reach 0.88 at most, smooth small problems 0.99."""
+    trust_curved: float = 0.5
+    """The trust radius shrinks where that share is lower: along a parabola the step was then more
+    than half of the way to the minimum."""
+    trust_growth: float = 2.0
+    """Factor of both, as in trust-region methods (Conn, Gould and Toint, 2000)."""
 
-    loss_fast: float = 0.1
-    """Weight of a new loss in the fast mean (about the last 10 steps)."""
-    loss_slow: float = 0.02
-    """Weight of a new loss in the slow mean (about the last 50 steps); with the fast one it gives the
-    progress per step."""
+    # Sensing: running statistics.
+    loss_decay: float = 0.9
+    """Decay of the mean loss (about the last 10 steps)."""
+    noise_decay: float = 0.98
+    """Decay of the variance of the loss around that mean (about the last 50 steps)."""
+    noise_clip: float = 3.0
+    """Innovations enter the variance clipped at this many standard deviations."""
     noise_floor: float = 1e-3
     """Least noise of the loss, as a share of it: keeps a loss without noise from alarming."""
     noise_floor_start: float = 0.05
     """The same for the first `noise_warmup` observations, when the noise is hardly known."""
     noise_warmup: int = 10
     """Observations before the noise estimate stands on its own."""
-    loss_clip: float = 3.0
-    """Innovations enter the noise estimate clipped at this many standard deviations."""
+    blind_noise: float = 2.0
+    """Without a loss the mean predicted change of it, times this, is the yardstick."""
     overshoot_decay: float = 0.95
     """Decay of the mean and variance of the overshoot."""
     gradient_rise: float = 0.1
@@ -45,66 +68,57 @@ class Law:
     gradient_fall: float = 0.02
     """Weight of a gradient norm below its mean, so that quiet batches do not make a normal one look
     like a spike."""
-    warmup: int = 5
+    gradient_warmup: int = 5
     """Observations until the gradient-norm tests have full sensitivity; it grows linearly."""
 
-    spike_ratio: float = 10.0
-    """Gradient spike: gradient norm over its running mean. Healthy first steps stay below 5."""
+    # Interpretation: when to suspect, when to raise an alarm, when to be calm.
+    stress_noise: float = 0.1
+    """Mean overshoot, in standard deviations of the loss, that counts as stress. It stays below 0.05
+    in runs that end well."""
     backtrack_noise: float = 1.0
-    """Overshoot of one step, in standard deviations of the loss, that undoes the step. Runs that end
-    well stay below 0.05 on average, runs that collapse reach 1 to 40 within three steps."""
+    """Overshoot of one step, in standard deviations of the loss, that undoes the step. In runs that
+    collapse it reaches 1 to 40 within three steps."""
     jump_noise: float = 5.0
-    """Loss innovation, in standard deviations, that undoes the step if the overshoot agrees."""
+    """Loss innovation, in standard deviations, that undoes the step if overshoot or gradients agree."""
     jump_overshoot: float = 0.1
     """Overshoot, in standard deviations of the loss, that agrees with a loss jump."""
     collapse_ratio: float = 3.0
     """Two-sided test: the gradient norm fell by this factor while the loss jumped."""
-    stress_noise: float = 0.1
-    """Mean overshoot, in standard deviations of the loss, that starts the annealing."""
-
-    horizon: float = 5.0
-    """Bounce that is worth its progress: the annealing holds the mean overshoot at `horizon` times
-    the progress per step (remaining steps over mixing time)."""
-    noise_share: float = 0.005
-    """Floor of that threshold in standard deviations of the loss."""
-    noise_share_limit: float = 0.05
-    """Ceiling of that threshold in standard deviations of the loss."""
-
-    caution: float = 1.0
-    """Standard errors by which the mean overshoot is lowered before it counts."""
-    blind_share: float = 0.1
-    """Threshold of the annealing without a loss, in units of the predicted change per step."""
-    cut: float = 0.5
-    """Most that one step's annealing may take off the scale, and least that a backtrack does."""
-    cut_limit: float = 0.1
-    """Most that a backtrack takes off the last step."""
-    release: float = 1.05
-    """Factor per step by which the annealing lets the scale rise."""
-    rise_limit: float = 1.25
-    """Rate limit: factor per step by which the scale may rise for whatever reason."""
-    ceiling_release: float = 1.01
-    """Factor per step by which the ceiling that a backtrack leaves behind rises."""
-    unset_size: float = 1e-3
-    """Parameters whose root mean square is below this have no size of their own yet: a relative step
-    says nothing about them."""
-    trust_agreement: float = 0.5
-    """A bound step was too short for certain if the slope at its end is more than this share of the
-    slope at its start: along a parabola its minimum is then at least twice as far."""
-    trust_growth: float = 2.0
-    """Factor by which the absolute trust radius grows after such a step, and shrinks after one that
-    overshot, as in trust-region methods (Conn, Gould and Toint, 2000)."""
-
+    spike_ratio: float = 10.0
+    """Gradient spike: gradient norm over its running mean. Healthy first steps stay below 5."""
+    calm_ratio: float = 0.5
+    """Hysteresis: STRESS starts at the healthy length and ends below this share of it."""
     calm_steps: int = 50
     """Dwell: steps without suspicion before STRESS becomes RECOVERY."""
     recovery_steps: int = 20
     """Dwell: steps without an alarm before RECOVERY becomes STABLE."""
-    calm_ratio: float = 0.5
-    """Hysteresis: STRESS starts at the envelope and ends below this share of it."""
+
+    # Policy: how the scale moves.
+    slack: float = 0.25
+    """Least share of the healthy length that the latch leaves: Adam's own shortening is a factor of
+    4.4, sqrt((1 + b1) / (1 - b1)) for b1 = 0.9, so a step below it means that the stress is over."""
+    growth: float = 1.01
+    """Factor per step by which the earned factor rises while steps are significantly too short, and
+    falls while they are significantly too long."""
+    earned_most: float = 3.0
+    """Upper limit of the earned factor."""
+    earned_least: float = 0.1
+    """Lower limit of the earned factor."""
+    release: float = 1.05
+    """Factor per step by which the scale returns to 1 in RECOVERY."""
+    rise_limit: float = 1.25
+    """Rate limit: factor per step by which the scale may rise for whatever reason."""
+    cut: float = 0.5
+    """Largest share of the last step that a backtrack leaves."""
+    cut_limit: float = 0.1
+    """Smallest share of the last step that a backtrack leaves."""
+    nonfinite_backtracks: int = 4
+    """Non-finite observations in a row, after the first, that shorten the last step."""
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
             if not isinstance(value, (int, float)) or math.isnan(value) or value <= 0:
                 raise ValueError(f"Law.{name} must be a number above 0, got {value!r}")
-        for name in ("loss_fast", "loss_slow", "overshoot_decay", "gradient_rise", "calm_ratio"):
+        for name in _SHARES:
             if getattr(self, name) >= 1:
                 raise ValueError(f"Law.{name} must be in (0, 1), got {getattr(self, name)!r}")

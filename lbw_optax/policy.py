@@ -39,9 +39,8 @@ class Controller(NamedTuple):
 
     Attributes:
       applied_scale: scale of the last applied step.
-      annealed_scale: scale that the annealing allows.
-      ceiling: upper bound that a backtrack leaves behind.
-      widening: factor on the relative envelope.
+      latch: scale that the envelope has imposed; it follows the envelope down at once.
+      earned: factor on the latch that the measured overshoot has earned; below 1 it anneals.
       trust_radius: absolute step length that has proved safe; 0 before the first step.
       last_length: norm of the last applied step; 0 before the first.
       last_slope: slope at the start of the last applied step, in units of the loss.
@@ -50,9 +49,8 @@ class Controller(NamedTuple):
     """
 
     applied_scale: jax.Array  # shape=(), dtype=float32
-    annealed_scale: jax.Array  # shape=(), dtype=float32
-    ceiling: jax.Array  # shape=(), dtype=float32
-    widening: jax.Array  # shape=(), dtype=float32
+    latch: jax.Array  # shape=(), dtype=float32
+    earned: jax.Array  # shape=(), dtype=float32
     trust_radius: jax.Array  # shape=(), dtype=float32
     last_length: jax.Array  # shape=(), dtype=float32
     last_slope: jax.Array  # shape=(), dtype=float32
@@ -81,19 +79,18 @@ class Envelope(NamedTuple):
 
     Attributes:
       healthy: longest step that raises no suspicion.
-      allowed: longest step under stress; at least `healthy`.
       hard: longest step of all.
     """
 
     healthy: jax.Array  # shape=(), dtype=float32
-    allowed: jax.Array  # shape=(), dtype=float32
     hard: jax.Array  # shape=(), dtype=float32
 
 
 def init_controller() -> Controller:
     """Returns the controller of a run that has not begun."""
-    one, zero, none = (jnp.full([], x, d) for x, d in ((1, jnp.float32), (0, jnp.float32), (0, jnp.int32)))
-    return Controller(one, one, one, one, zero, zero, zero, none, none)
+    one, zero = jnp.ones([], jnp.float32), jnp.zeros([], jnp.float32)
+    none = jnp.zeros([], jnp.int32)
+    return Controller(one, one, one, zero, zero, zero, none, none)
 
 
 def envelope(
@@ -108,13 +105,12 @@ def envelope(
 
     .. math::
 
-      \rho_t = \max(\rho, \rho_0 / \sqrt{t + 1}), \quad
+      \rho_t = \max(\rho, \rho_0 (t + 1)^{-a}), \quad
       \text{healthy} = \max(\rho_t \|p\|, f), \quad
-      \text{allowed} = \max(e \rho_t \|p\|, f), \quad
       \text{hard} = \ell \max(\|p\|, \sqrt{n})
 
     with :math:`\rho` = ``law.relative_step``, :math:`\rho_0` = ``law.relative_step_start``,
-    :math:`e` = ``controller.widening``, :math:`f` = the trust radius, :math:`\ell` =
+    :math:`a` = ``law.relative_step_power``, :math:`f` the trust radius, :math:`\ell` =
     ``limits.relative_step_limit`` and :math:`n` the number of parameters.
 
     Args:
@@ -126,30 +122,53 @@ def envelope(
       limits: the hard limits.
 
     Returns:
-      The `Envelope`.
+      The `Envelope`, in units of the parameters; never 0.
     """
+    number = jnp.finfo(jnp.float32)
     if not has_params:
-        unbounded = jnp.full([], jnp.finfo(jnp.float32).max, jnp.float32)
-        return Envelope(unbounded, unbounded, unbounded)
+        unbounded = jnp.full([], number.max, jnp.float32)
+        return Envelope(unbounded, unbounded)
     t = telemetry
-    decayed = law.relative_step_start / jnp.sqrt(observations.astype(jnp.float32) + 1)
-    relative = jnp.maximum(law.relative_step, decayed) * t.parameter_norm
-    hard = limits.relative_step_limit * jnp.maximum(t.parameter_norm, jnp.sqrt(t.size))
-    radius = _trust_radius(controller, t, law)
-    return Envelope(
-        healthy=jnp.minimum(jnp.maximum(relative, radius), hard),
-        allowed=jnp.minimum(jnp.maximum(controller.widening * relative, radius), hard),
-        hard=hard,
+    start = (
+        law.relative_step_start * (observations.astype(jnp.float32) + 1) ** -law.relative_step_power
     )
+    relative = jnp.maximum(law.relative_step, start) * t.parameter_norm
+    hard = limits.relative_step_limit * jnp.maximum(t.parameter_norm, jnp.sqrt(t.size))
+    hard = jnp.clip(hard, number.tiny, number.max)
+    healthy = jnp.maximum(relative, _trust_radius(controller, t, law))
+    return Envelope(healthy=jnp.clip(healthy, number.tiny, hard), hard=hard)
 
 
 def _trust_radius(controller: Controller, telemetry: Telemetry, law: Law) -> jax.Array:
-    """Before the first step: everything if the parameters have no size yet, else next to nothing."""
-    unset = law.unset_size * jnp.sqrt(telemetry.size)
+    """At first everything if the parameters have no size yet, else next to nothing."""
     start = jnp.where(
-        telemetry.parameter_norm <= unset, jnp.finfo(jnp.float32).max, law.relative_step * unset
+        telemetry.parameter_norm <= law.unset_size * jnp.sqrt(telemetry.size),
+        jnp.finfo(jnp.float32).max,
+        _least_radius(telemetry, law),
     )
     return jnp.where(controller.trust_radius > 0, controller.trust_radius, start)
+
+
+def _least_radius(telemetry: Telemetry, law: Law) -> jax.Array:
+    return law.relative_step * law.unset_size * jnp.sqrt(telemetry.size)
+
+
+def _next_trust_radius(
+    controller: Controller, telemetry: Telemetry, bound: jax.Array, undone: jax.Array, law: Law
+) -> jax.Array:
+    """Grows the radius while the slope hardly changes along a step, shrinks it where it does."""
+    c, t = controller, telemetry
+    radius = _trust_radius(c, t, law)
+    least = _least_radius(t, law)
+    wide_open = radius >= jnp.finfo(jnp.float32).max
+    start, end = -c.last_slope, -t.overshoot
+    straight = (start > 0) & (end > law.trust_straight * start)
+    curved = end < law.trust_curved * start
+    grown = jnp.where(bound & straight, radius * law.trust_growth, radius)
+    shrunk = jnp.maximum(radius / law.trust_growth, least)
+    learned = jnp.where(curved, shrunk, jnp.minimum(grown, jnp.finfo(jnp.float32).max / 4))
+    closed = jnp.maximum(c.last_length / law.trust_growth, least)
+    return jnp.where(wide_open, jnp.where(undone, closed, radius), learned)
 
 
 def decide(
@@ -160,23 +179,24 @@ def decide(
     signals: Signals,
     bounds: Envelope,
     can_undo: bool,
-    has_loss: bool,
     law: Law,
     limits: Limits,
 ) -> tuple[Command, Controller]:
     r"""Decides what to do with one step.
 
-    Under stress the scale is annealed to hold the mean overshoot :math:`q s^2` at a threshold, and
-    the step is kept inside the envelope:
+    Under stress the scale is the product of what the envelope imposes and what the overshoot earns:
 
     .. math::
 
-      \theta = \mathrm{clip}(\kappa r, \tau \sigma, \tau_{max} \sigma), \quad
-      s^* = \sqrt{\theta / (q - z\,\mathrm{se}_q)}, \quad
-      \text{scale} = \min(s, \text{allowed} / \|u\|)
+      r_t &= \text{healthy}_t / \|u_t\| \\
+      a_t &= \mathrm{clip}(a_{t-1}, \lambda r_t, r_t) \\
+      h_t &= h_{t-1} \cdot (\gamma \text{ if } q + 2 e_q < 0,\;
+             1/\gamma \text{ if } q - e_q > 0,\; 1 \text{ otherwise}) \\
+      \text{scale}_t &= \min(1, a_t h_t)
 
-    with :math:`r` the progress and :math:`\sigma` the noise of the loss, :math:`q` the mean
-    overshoot per squared scale and :math:`s` following :math:`s^*` at a bounded rate.
+    with :math:`a` the latch, :math:`h` the earned factor, :math:`q \pm e_q` the mean overshoot and
+    its standard error, :math:`\lambda` = ``law.slack`` and :math:`\gamma` = ``law.growth``. The
+    latch holds the scale, not the step: the inner optimizer's own shortening of its steps survives.
 
     Args:
       controller: the policy's memory.
@@ -186,122 +206,107 @@ def decide(
       signals: this step compared with the run so far.
       bounds: this step's `Envelope`.
       can_undo: whether the last step is remembered.
-      has_loss: whether the caller gives the loss.
       law: the constants.
       limits: the hard limits.
 
     Returns:
       The `Command` and the new `Controller`.
     """
-    c, t, s = controller, telemetry, signals
+    c, t = controller, telemetry
     alarm = diagnosis.alarm
-    is_nonfinite = (alarm >= Cause.NONFINITE_GRADIENT) & (alarm <= Cause.NONFINITE_STEP)
-    is_harm = (alarm >= Cause.OVERSHOOT) & (alarm <= Cause.LOSS_JUMP)
-    rejected = is_nonfinite | (alarm == Cause.GRADIENT_SPIKE) | (is_harm & can_undo)
+    nonfinite = (alarm >= Cause.NONFINITE_GRADIENT) & (alarm <= Cause.NONFINITE_STEP)
+    harm = (alarm >= Cause.OVERSHOOT) & (alarm <= Cause.LOSS_JUMP)
+
+    # Reject or take?
+    rejected = nonfinite | (alarm == Cause.GRADIENT_SPIKE) | (harm & can_undo)
     exhausted = rejected & (c.rejections >= limits.max_rejections)
-    # The first non-finite value may be the batch's fault, a second one is likely the last step's.
-    undone = can_undo & (is_harm | (is_nonfinite & (c.nonfinites >= 1) & (c.nonfinites <= 4)))
-    undone = undone & (c.last_length > 0)
+    # The first non-finite value may be the batch's fault; the next ones are likely the last step's.
+    suspect = (c.nonfinites >= 1) & (c.nonfinites <= law.nonfinite_backtracks)
+    undone = rejected & ~exhausted & (harm | (nonfinite & suspect)) & can_undo & (c.last_length > 0)
+    taken = ~rejected | exhausted
+
+    # How long?
+    latch, earned = _regulate(c, regime, t, signals, bounds, law)
+    # What is left of a step that did harm: so much that its overshoot would have been bearable.
+    bearable = law.stress_noise * signals.noise / jnp.where(t.overshoot > 0, t.overshoot, jnp.inf)
+    keep = jnp.where(harm, jnp.clip(jnp.sqrt(bearable), law.cut_limit, law.cut), law.cut)
+    lowest = jnp.float32(limits.min_scale)
+    cut = jnp.maximum(c.applied_scale * keep, lowest)
+    latch = jnp.where(harm, jnp.minimum(latch, cut), latch)
+    earned = jnp.where(harm, jnp.minimum(earned, 1), earned)
+    latch = jnp.where(exhausted, lowest, latch)
+    scale = jnp.minimum(latch * earned, law.rise_limit * c.applied_scale)
+    scale = jnp.where(exhausted, lowest, jnp.clip(scale, lowest, 1))
+    factor = jnp.minimum(scale, bounds.hard / jnp.where(t.step_norm > 0, t.step_norm, 1))
+
     action = jnp.select(
-        [exhausted, rejected & undone, rejected],
-        [jnp.int32(Action.PROCEED), jnp.int32(Action.BACKTRACK), jnp.int32(Action.HOLD)],
-        jnp.int32(Action.SCALE),
-    )
-
-    # The annealing.
-    stressed = regime == Regime.STRESS
-    if has_loss:
-        threshold = jnp.clip(
-            law.horizon * s.progress, law.noise_share * s.noise, law.noise_share_limit * s.noise
-        )
-    else:
-        threshold = law.blind_share * s.noise
-    bounce = s.overshoot - law.caution * s.overshoot_error
-    target = jnp.sqrt(threshold / jnp.where(bounce > 0, bounce, jnp.inf))
-    target = jnp.where(stressed & (bounce > 0), target, 1)
-    annealed = jnp.clip(target, law.cut * c.annealed_scale, law.release * c.annealed_scale)
-    annealed = jnp.clip(jnp.minimum(annealed, c.ceiling), limits.min_scale, 1)
-
-    # What is left of a step that did harm.
-    ratio = jnp.sqrt(threshold / jnp.where(t.overshoot > 0, t.overshoot, 1))
-    keep = jnp.where(is_harm, jnp.clip(ratio, law.cut_limit, law.cut), law.cut)
-    blamed = jnp.minimum(c.annealed_scale, 2 * c.applied_scale) * keep
-
-    # The step's scale.
-    length = jnp.where(t.step_norm > 0, t.step_norm, 1)
-    room = bounds.allowed / length
-    wanted = jnp.where(is_harm, jnp.minimum(annealed, c.applied_scale * keep), annealed)
-    scale = jnp.minimum(jnp.minimum(wanted, room), law.rise_limit * c.applied_scale)
-    scale = jnp.where(exhausted, limits.min_scale, jnp.clip(scale, limits.min_scale, 1))
-    factor = jnp.minimum(scale, bounds.hard / length)
-    action = jnp.where((action == Action.SCALE) & (factor >= 1), jnp.int32(Action.PASS), action)
-
-    taken = (action == Action.PASS) | (action == Action.SCALE)
-    back = action == Action.BACKTRACK
-    cause = jnp.select(
+        [exhausted, undone, rejected, factor < 1],
         [
-            exhausted,
-            alarm != Cause.NONE,
-            action == Action.PASS,
-            room < jnp.minimum(wanted, law.rise_limit * c.applied_scale),
-            stressed,
+            jnp.int32(Action.PROCEED),
+            jnp.int32(Action.BACKTRACK),
+            jnp.int32(Action.HOLD),
+            jnp.int32(Action.SCALE),
         ],
+        jnp.int32(Action.PASS),
+    )
+    stressed = regime == Regime.STRESS
+    cause = jnp.select(
+        [exhausted, alarm != Cause.NONE, action == Action.PASS, ~stressed, earned < 1],
         [
             jnp.int32(Cause.EXHAUSTED),
             alarm,
             jnp.int32(Cause.NONE),
-            jnp.int32(Cause.ENVELOPE),
+            jnp.int32(Cause.RELEASE),
             jnp.int32(Cause.BOUNCE),
         ],
-        jnp.int32(Cause.RELEASE),
+        jnp.int32(Cause.ENVELOPE),
     )
 
-    # What the steps have proved about their own length.
-    bound = stressed & (c.applied_scale < annealed)
-    short = s.overshoot + 2 * s.overshoot_error < 0
-    long = bounce > 0
-    widening = jnp.where(bound & short, c.widening * law.growth, c.widening)
-    widening = jnp.where(long | back, c.widening / law.growth, widening)
-    radius = _trust_radius(c, t, law)
-    agreed = (t.overshoot < 0) & (t.overshoot < law.trust_agreement * c.last_slope)
-    open_wide = radius >= jnp.finfo(jnp.float32).max
-    grown = jnp.where(bound & agreed, radius * law.trust_growth, radius)
-    least = law.relative_step * law.unset_size * jnp.sqrt(t.size)
-    grown = jnp.where(t.overshoot > 0, jnp.maximum(radius / law.trust_growth, least), grown)
-    radius = jnp.where(open_wide, jnp.where(back, c.last_length * keep, radius), grown)
-
-    accepted = taken | exhausted
     # An empty step (a micro-batch that is only accumulated) leaves the last one as it was.
-    moved = accepted & (t.step_norm > 0)
+    moved = taken & (t.step_norm > 0)
+    bound = stressed & (c.applied_scale < 1)
+    radius = _next_trust_radius(c, t, bound, undone, law)
+    learned = undone | (taken & ~nonfinite)
     next_controller = Controller(
-        applied_scale=jnp.select(
-            [back, accepted],
-            [jnp.maximum(c.applied_scale * keep, limits.min_scale), scale],
-            c.applied_scale,
-        ),
-        annealed_scale=jnp.select(
-            [exhausted, is_harm, taken],
-            [jnp.float32(limits.min_scale), jnp.maximum(blamed, limits.min_scale), annealed],
-            c.annealed_scale,
-        ),
-        ceiling=jnp.where(
-            is_harm,
-            jnp.maximum(law.cut * c.applied_scale, limits.min_scale),
-            jnp.minimum(c.ceiling * law.ceiling_release, 1),
-        ),
-        widening=jnp.where(taken | back, jnp.clip(widening, 1, law.growth_limit), c.widening),
-        trust_radius=jnp.where(taken | back, radius, c.trust_radius),
+        applied_scale=jnp.select([undone, taken], [cut, scale], c.applied_scale),
+        latch=jnp.where(learned | exhausted, latch, c.latch),
+        earned=jnp.where(learned, earned, c.earned),
+        trust_radius=jnp.where(learned, radius, c.trust_radius),
         last_length=jnp.select(
-            [back, moved], [c.last_length * keep, factor * t.step_norm], c.last_length
+            [undone, moved], [c.last_length * keep, factor * t.step_norm], c.last_length
         ),
-        last_slope=jnp.select([back, moved], [c.last_slope * keep, factor * t.slope], c.last_slope),
-        rejections=jnp.where(accepted, 0, c.rejections + 1),
-        nonfinites=jnp.where(is_nonfinite, c.nonfinites + 1, 0),
+        last_slope=jnp.select(
+            [undone, moved], [c.last_slope * keep, factor * t.slope], c.last_slope
+        ),
+        rejections=jnp.where(taken, 0, c.rejections + 1),
+        nonfinites=jnp.where(nonfinite, c.nonfinites + 1, 0),
     )
     command = Command(
         action=action,
         cause=cause,
         scale=next_controller.applied_scale,
-        factor=jnp.where(back, keep, factor),
+        factor=jnp.where(undone, keep, factor),
     )
     return command, next_controller
+
+
+def _regulate(
+    controller: Controller,
+    regime: jax.Array,
+    telemetry: Telemetry,
+    signals: Signals,
+    bounds: Envelope,
+    law: Law,
+) -> tuple[jax.Array, jax.Array]:
+    """Moves latch and earned factor: by the control law under stress, else back to 1."""
+    c, t, s = controller, telemetry, signals
+    room = bounds.healthy / jnp.where(t.step_norm > 0, t.step_norm, bounds.healthy)
+    latch = jnp.minimum(jnp.clip(c.latch, law.slack * room, room), 1)
+    too_short = s.overshoot + 2 * s.overshoot_error < 0
+    too_long = s.overshoot - s.overshoot_error > 0
+    rate = jnp.where(too_short, law.growth, jnp.where(too_long, 1 / law.growth, 1))
+    earned = jnp.clip(rate * c.earned, law.earned_least, law.earned_most)
+    released = jnp.minimum(c.latch * law.release, 1)
+    forgotten = jnp.clip(1, c.earned / law.release, c.earned * law.release)
+    stressed = regime == Regime.STRESS
+    return jnp.where(stressed, latch, released), jnp.where(stressed, earned, forgotten)

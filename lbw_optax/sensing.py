@@ -43,12 +43,8 @@ class Statistics(NamedTuple):
     Attributes:
       observations: how many observations were accepted.
       gradient_mean: mean gradient norm; 0 until there is one.
-      loss_fast: fast mean of the loss.
-      loss_slow: slow mean of the loss.
-      index_fast: the same mean of the step index; with `index_slow` it turns the difference of the
-        two loss means into progress per step.
-      index_slow: slow mean of the step index.
-      loss_variance: variance of the loss around its fast mean, not yet bias-corrected.
+      loss_mean: mean of the loss.
+      loss_variance: variance of the loss around its mean, not yet bias-corrected.
       overshoots: how many overshoots were accepted.
       overshoot_mean: mean of overshoot / scale^2, not yet bias-corrected.
       overshoot_square: mean of its square, not yet bias-corrected.
@@ -57,10 +53,7 @@ class Statistics(NamedTuple):
 
     observations: jax.Array  # shape=(), dtype=int32
     gradient_mean: jax.Array  # shape=(), dtype=float32
-    loss_fast: jax.Array  # shape=(), dtype=float32
-    loss_slow: jax.Array  # shape=(), dtype=float32
-    index_fast: jax.Array  # shape=(), dtype=float32
-    index_slow: jax.Array  # shape=(), dtype=float32
+    loss_mean: jax.Array  # shape=(), dtype=float32
     loss_variance: jax.Array  # shape=(), dtype=float32
     overshoots: jax.Array  # shape=(), dtype=int32
     overshoot_mean: jax.Array  # shape=(), dtype=float32
@@ -178,8 +171,7 @@ class Signals(NamedTuple):
     Attributes:
       noise: standard deviation of the loss, the yardstick of the overshoot; without the loss, the
         mean slope.
-      innovation: loss minus its fast mean; 0 without the loss.
-      progress: realised fall of the loss per step; 0 without the loss.
+      innovation: loss minus its mean; 0 without the loss.
       spike: gradient norm in units of what counts as a spike.
       faded: whether the gradient norm is far below its running mean.
       overshoot: mean of overshoot / scale^2.
@@ -188,7 +180,6 @@ class Signals(NamedTuple):
 
     noise: jax.Array  # shape=(), dtype=float32
     innovation: jax.Array  # shape=(), dtype=float32
-    progress: jax.Array  # shape=(), dtype=float32
     spike: jax.Array  # shape=(), dtype=float32
     faded: jax.Array  # shape=(), dtype=bool
     overshoot: jax.Array  # shape=(), dtype=float32
@@ -213,19 +204,16 @@ def compare(
     s, t = statistics, telemetry
     n = s.observations
     if has_loss:
-        noise = jnp.sqrt(_debias(s.loss_variance, 1 - law.loss_slow, n))
         early = n < law.noise_warmup
-        floor = jnp.where(early, law.noise_floor_start, law.noise_floor) * jnp.abs(s.loss_fast)
+        floor = jnp.where(early, law.noise_floor_start, law.noise_floor) * jnp.abs(s.loss_mean)
+        noise = jnp.sqrt(_debias(s.loss_variance, law.noise_decay, n))
         noise = jnp.maximum(noise, floor)
-        innovation = jnp.where(n > 0, t.loss - s.loss_fast, 0)
-        span = s.index_fast - s.index_slow
-        fall = s.loss_slow - s.loss_fast
-        progress = jnp.where(span > 0, fall / jnp.where(span > 0, span, 1), 0)
+        innovation = jnp.where(n > 0, t.loss - s.loss_mean, 0)
     else:
-        noise = _debias(s.slope_mean, law.overshoot_decay, n) * last_scale
-        innovation = progress = jnp.zeros([], jnp.float32)
+        noise = law.blind_noise * last_scale * _debias(s.slope_mean, law.overshoot_decay, n)
+        innovation = jnp.zeros([], jnp.float32)
     ratio = t.gradient_norm / jnp.where(s.gradient_mean > 0, s.gradient_mean, jnp.inf)
-    warmup = jnp.maximum(law.warmup / jnp.maximum(n, 1).astype(jnp.float32), 1)
+    warmup = jnp.maximum(law.gradient_warmup / jnp.maximum(n, 1).astype(jnp.float32), 1)
     overshoot = _debias(s.overshoot_mean, law.overshoot_decay, s.overshoots)
     square = _debias(s.overshoot_square, law.overshoot_decay, s.overshoots)
     # Standard error of an exponential mean: its weights' squares add up to (1 - b) / (1 + b).
@@ -234,7 +222,6 @@ def compare(
     return Signals(
         noise=noise,
         innovation=innovation,
-        progress=progress,
         spike=ratio / (law.spike_ratio * warmup),
         faded=(ratio * law.collapse_ratio * warmup < 1) & (s.gradient_mean > 0),
         overshoot=overshoot,
@@ -288,23 +275,21 @@ def observe(
     """
     s, t = statistics, telemetry
     n = s.observations
-    index = n.astype(jnp.float32)
-    fast = jnp.maximum(law.loss_fast, 1 / (index + 1))
-    slow = jnp.maximum(law.loss_slow, 1 / (index + 1))
-    bound = law.loss_clip * signals.noise
+    # Until the mean has enough observations for its decay, it is their plain average.
+    weight = jnp.maximum(1 - law.loss_decay, 1 / (n.astype(jnp.float32) + 1))
+    bound = law.noise_clip * signals.noise
     variance = jnp.clip(signals.innovation, -bound, bound) ** 2
     normalised = t.overshoot / last_scale**2
     b = law.overshoot_decay
     return Statistics(
         observations=n + 1,
         gradient_mean=learn_gradient(s, t.gradient_norm, law),
-        loss_fast=_ema(s.loss_fast, t.loss, fast),
-        loss_slow=_ema(s.loss_slow, t.loss, slow),
-        index_fast=_ema(s.index_fast, index, fast),
-        index_slow=_ema(s.index_slow, index, slow),
-        loss_variance=_ema(s.loss_variance, variance, law.loss_slow),
+        loss_mean=_ema(s.loss_mean, t.loss, weight),
+        loss_variance=_ema(s.loss_variance, variance, 1 - law.noise_decay),
         overshoots=s.overshoots + moved,
-        overshoot_mean=jnp.where(moved, _ema(s.overshoot_mean, normalised, 1 - b), s.overshoot_mean),
+        overshoot_mean=jnp.where(
+            moved, _ema(s.overshoot_mean, normalised, 1 - b), s.overshoot_mean
+        ),
         overshoot_square=jnp.where(
             moved, _ema(s.overshoot_square, normalised**2, 1 - b), s.overshoot_square
         ),
