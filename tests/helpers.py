@@ -1,0 +1,110 @@
+"""What several test files share: training in one scan, and reading a guard's state per step."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lbw_optax import Action, GuardState
+from lbw_optax.sensing import is_inexact
+
+# XLA contracts `p + a * b` or not, as it happens to fuse: without this equal programs differ.
+exact_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def find(opt_state) -> GuardState:
+    """Returns the only guard state inside `opt_state`."""
+    (found,) = [
+        x
+        for x in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, GuardState))
+        if isinstance(x, GuardState)
+    ]
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 3))
+def train(tx, loss_fn, params, steps, batches=None):
+    """Minimises `loss_fn(params)`, or `loss_fn(params, batch)`; returns params, state, losses."""
+
+    def body(carry, batch):
+        params, state = carry
+        args = (params,) if batch is None else (params, batch)
+        value, grads = jax.value_and_grad(loss_fn)(*args)
+        updates, state = optax.with_extra_args_support(tx).update(grads, state, params, value=value)
+        return (optax.apply_updates(params, updates), state), value
+
+    (params, state), losses = jax.lax.scan(body, (params, tx.init(params)), batches, length=steps)
+    return params, state, losses
+
+
+def feed(tx, params, stream):
+    """Feeds a stream of gradients (and of extra arguments) to `tx`, whatever the parameters do.
+
+    Args:
+      tx: the transformation.
+      params: the parameters at the start.
+      stream: a dict with `grads`, and with the extra arguments of update; a leading axis of steps.
+
+    Returns:
+      For each step: the parameters before it, the emitted update, the optimizer state after it.
+    """
+
+    def body(carry, now):
+        params, state = carry
+        extra = {k: v for k, v in now.items() if k != "grads"}
+        updates, new = tx.update(now["grads"], state, params, **extra)
+        return (optax.apply_updates(params, updates), new), (params, updates, new)
+
+    return jax.lax.scan(body, (params, tx.init(params)), stream)[1]
+
+
+def actions(state) -> list[Action]:
+    """Returns the action of every step from the states of `feed`."""
+    counts = np.asarray(find(state).ledger.action_counts)
+    steps = np.diff(counts, axis=0, prepend=np.zeros_like(counts[:1]))
+    return [Action(int(i)) for i in steps.argmax(axis=1)]
+
+
+def norm(tree) -> float:
+    """Returns the Euclidean norm of the floating-point leaves, in float64."""
+    leaves = [np.asarray(x).astype(np.float64) for x in jax.tree.leaves(tree) if is_inexact(x)]
+    return float(np.sqrt(sum(np.sum(x**2) for x in leaves)))
+
+
+def is_finite(tree) -> bool:
+    """Returns whether every floating-point entry is finite."""
+    return all(
+        np.all(np.isfinite(np.asarray(x).astype(np.float64)))
+        for x in jax.tree.leaves(tree)
+        if is_inexact(x)
+    )
+
+
+def at(tree, i):
+    """Returns entry `i` along the first axis of every leaf."""
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+def bits(tree) -> list[bytes]:
+    """Returns the bytes of every leaf, so that equal means equal bit for bit."""
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
+
+
+def types(tree):
+    """Returns the tree of the leaves' types: shape, dtype, weak type and sharding."""
+    return jax.tree.map(jax.typeof, tree)
+
+
+def with_gain(inner):
+    """Returns `inner` with a step that the extra argument `gain` multiplies."""
+    inner = optax.with_extra_args_support(inner)
+
+    def update(updates, state, params=None, *, gain=1.0, **extra):
+        step, state = inner.update(updates, state, params, **extra)
+        return jax.tree.map(
+            lambda u: (gain * u.astype(jnp.float32)).astype(u.dtype) if is_inexact(u) else u, step
+        ), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)

@@ -1,0 +1,286 @@
+"""Behaviour on tiny problems: faults are survived, harm is undone, healthy runs stay."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import actions, at, bits, exact_jit, feed, is_finite, norm, train
+
+from lbw_optax import Action, Law, events, guard, report
+
+STEPS = 40
+FAULT = 20
+START = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.linspace(1.0, 2.0, 3)}
+REJECTED = (Action.HOLD, Action.BACKTRACK)
+
+
+def healthy_stream(steps=STEPS):
+    """Returns gradients and losses of a quiet run: small noise around a constant."""
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(
+        lambda p: jnp.asarray(1 + 0.1 * rng.standard_normal((steps, *p.shape)), jnp.float32), START
+    )
+    return {"grads": grads, "value": jnp.asarray(1 + 0.1 * rng.standard_normal(steps), jnp.float32)}
+
+
+def faulty(stream, at_steps, grads=None, value=None):
+    """Returns `stream` with `grads` applied to the gradients and `value` put in the loss there."""
+    steps = jnp.asarray(at_steps)
+    if grads is not None:
+        stream = stream | {
+            "grads": jax.tree.map(lambda g: g.at[steps].set(grads(g[steps])), stream["grads"])
+        }
+    if value is not None:
+        stream = stream | {"value": stream["value"].at[steps].set(value)}
+    return stream
+
+
+FAULTS = {
+    "nan_gradient": ({"grads": lambda g: g * jnp.nan}, "NONFINITE_GRADIENT"),
+    "inf_entry": ({"grads": lambda g: g.at[:, 0].set(jnp.inf)}, "NONFINITE_GRADIENT"),
+    "spike_1e6": ({"grads": lambda g: g * 1e6}, "GRADIENT_SPIKE"),
+    "spike_1e25": ({"grads": lambda g: g * 1e25}, "NONFINITE_GRADIENT"),
+    "nan_loss": ({"value": jnp.nan}, "NONFINITE_LOSS"),
+    "inf_loss": ({"value": jnp.inf}, "NONFINITE_LOSS"),
+}
+
+run = exact_jit(feed, static_argnums=0)
+TX = guard(optax.adam(1e-4))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_held_and_the_run_goes_on(fault):
+    kwargs, cause = FAULTS[fault]
+    params, updates, states = run(TX, START, faulty(healthy_stream(), [FAULT], **kwargs))
+    assert actions(states)[FAULT] == Action.HOLD
+    assert set(actions(states)[:FAULT] + actions(states)[FAULT + 1 :]) == {Action.PASS}
+    assert norm(at(updates, FAULT)) == 0
+    before, after = (at(states.inner_state, i) for i in (FAULT - 1, FAULT))
+    assert bits(before) == bits(after)
+    assert is_finite((params, updates, states))
+    last = at(states, -1)
+    assert report(last).causes[cause] == 1
+    assert events(last)[0].step == FAULT
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_held_fault_leaves_no_trace_in_the_run(fault):
+    kwargs, _ = FAULTS[fault]
+    params, _, states = run(TX, START, faulty(healthy_stream(), [FAULT], **kwargs))
+    clean = jax.tree.map(lambda x: np.delete(np.asarray(x), FAULT, axis=0), healthy_stream())
+    clean = jax.tree.map(lambda x: jnp.concatenate([x, x[-1:]]), clean)
+    expected, _, bare = run(optax.with_extra_args_support(optax.adam(1e-4)), START, clean)
+    assert bits(at(params, -1)) == bits(at(expected, -2))
+    assert bits(at(states.inner_state, -1)) == bits(at(bare, -2))
+
+
+def test_second_moment_never_sees_a_huge_gradient():
+    _, _, states = run(TX, START, faulty(healthy_stream(), [FAULT], grads=lambda g: g * 1e25))
+    largest = [norm(x) for x in optax.tree.get_all_with_path(states, "nu")[0][1].values()]
+    assert max(largest) < 100
+
+
+def test_unguarded_adam_does_not_survive_the_same_faults():
+    bare = optax.with_extra_args_support(optax.adam(1e-4))
+    stream = faulty(healthy_stream(), [FAULT], grads=lambda g: g * 1e25)
+    assert not is_finite(run(bare, START, stream))
+
+
+def test_fault_on_the_very_first_step_is_held():
+    _, updates, states = run(TX, START, faulty(healthy_stream(), [0], grads=lambda g: g * jnp.nan))
+    assert actions(states)[0] == Action.HOLD
+    assert set(actions(states)[1:]) == {Action.PASS}
+    assert is_finite((updates, states))
+
+
+def test_non_finite_values_in_a_row_also_shorten_the_last_step():
+    tx = guard(optax.adam(1e-4))
+    _, updates, states = run(
+        tx, START, faulty(healthy_stream(), [FAULT, FAULT + 1], grads=lambda g: g * jnp.nan)
+    )
+    assert actions(states)[FAULT : FAULT + 2] == [Action.HOLD, Action.BACKTRACK]
+    last, undone = at(updates, FAULT - 1), at(updates, FAULT + 1)
+    share = norm(undone) / norm(last)
+    assert 0 < share <= 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, -share * b, rtol=1e-3), undone, last)
+
+
+@pytest.mark.parametrize("memory", ["none", "sparse", "step"])
+def test_inner_optimizer_that_emits_nan_is_held(memory):
+    """The inner divides by the gradient: 0 / 0 wherever a gradient is zero."""
+    inner = optax.chain(
+        optax.stateless(lambda g, p: jax.tree.map(lambda x: x / x, g)),
+        optax.trace(0.9),
+        optax.scale(-1e-4),
+    )
+    stream = faulty(healthy_stream(), [FAULT], grads=lambda g: g.at[:, 0].set(0.0))
+    _, updates, states = run(guard(inner, memory=memory), START, stream)
+    assert actions(states)[FAULT] == Action.HOLD
+    assert actions(states)[FAULT + 1] == Action.PASS
+    assert report(at(states, -1)).causes["NONFINITE_STEP"] == 1
+    assert is_finite((updates, states))
+
+
+def test_inner_state_alone_turning_nan_is_held():
+    """The step stays finite while what the inner optimizer stores does not."""
+
+    def update(updates, state, params=None):
+        stored = jax.tree.map(lambda s, g: s + jnp.sqrt(g), state, updates)
+        return jax.tree.map(lambda g: -1e-4 * g, updates), stored
+
+    inner = optax.GradientTransformation(lambda p: jax.tree.map(jnp.zeros_like, p), update)
+    stream = faulty(healthy_stream(), [FAULT], grads=lambda g: -g)
+    _, _, states = run(guard(inner), START, stream)
+    assert actions(states)[FAULT] == Action.HOLD
+    assert is_finite(states)
+
+
+def quartic(params):
+    return jnp.sum(params["x"] ** 4) / 4 + jnp.sum(params["x"] ** 2) / 2
+
+
+def test_blow_up_step_is_undone():
+    """With an open envelope one step shoots through the minimum: most of it is taken back."""
+    rate = optax.piecewise_constant_schedule(1e-3, {15: 3e3, 16: 1 / 3e3})
+    open_law = Law(relative_step=100.0, relative_step_start=100.0)
+    tx = guard(optax.sgd(rate), law=open_law, relative_step_limit=100.0)
+    start = {"x": jnp.full(4, 10.0)}
+    plain = train(optax.sgd(rate), quartic, start, 60)[2]
+    params, state, losses = train(tx, quartic, start, 60)
+    assert not is_finite(plain)
+    assert report(state).backtracks >= 1
+    assert report(state).causes["OVERSHOOT"] >= 1
+    assert float(losses[-1]) <= float(losses[0])
+    assert is_finite((params, state))
+
+
+def test_backtrack_restores_most_of_the_parameters():
+    """Loss and overshoot jump right after a step: a part of just that step is taken back."""
+    stream = healthy_stream()
+    bad = jax.tree.map(lambda g: -5 * g, at(stream["grads"], FAULT))
+    stream["grads"] = jax.tree.map(lambda g, x: g.at[FAULT].set(x), stream["grads"], bad)
+    stream = faulty(stream, [FAULT], value=1e4)
+    stream["value"] = stream["value"] * 1e-6
+    params, _, states = run(TX, START, stream)
+    assert actions(states)[FAULT] == Action.BACKTRACK
+    before, after = (
+        norm(jax.tree.map(lambda a, b: a - b, at(params, FAULT - 1), at(params, i)))
+        for i in (FAULT, FAULT + 1)
+    )
+    assert after < before
+    assert bits(at(states.inner_state, FAULT)) == bits(at(states.inner_state, FAULT - 1))
+
+
+def test_hard_batch_is_not_blamed_on_the_last_step():
+    """The loss jumps, but the gradients say nothing against the last step: it stays."""
+    _, _, states = run(TX, START, faulty(healthy_stream(), [FAULT], value=5.0))
+    assert set(actions(states)) == {Action.PASS}
+
+
+# A small regression by an MLP: the tuned rate is 1e-2, the stressed ones are far above it.
+WIDTH, TUNED = 16, 1e-2
+
+
+def mlp_problem(seed=0, steps=400, batch=32):
+    keys = jax.random.split(jax.random.key(seed), 5)
+    params = {
+        "w1": jax.random.normal(keys[0], (4, WIDTH)) / 2,
+        "b1": jnp.zeros((1, WIDTH)),
+        "w2": jax.random.normal(keys[1], (WIDTH, WIDTH)) / np.sqrt(WIDTH),
+        "b2": jnp.zeros((1, WIDTH)),
+        "w3": jax.random.normal(keys[2], (WIDTH, 1)) / np.sqrt(WIDTH),
+    }
+    x = jax.random.normal(keys[3], (steps, batch, 4))
+    y = jnp.sin(2 * x[..., :1]) + x[..., 1:2] * x[..., 2:3]
+    return params, (x, y + 0.1 * jax.random.normal(keys[4], y.shape))
+
+
+def mlp_loss(params, batch):
+    x, y = batch
+    h = jnp.tanh(x @ params["w1"] + params["b1"])
+    h = jnp.tanh(h @ params["w2"] + params["b2"])
+    return jnp.mean((h @ params["w3"] - y) ** 2)
+
+
+def final(losses):
+    return float(np.mean(np.asarray(losses)[-50:]))
+
+
+@pytest.fixture(scope="module")
+def tuned():
+    params, batches = mlp_problem()
+    return final(train(optax.adam(TUNED), mlp_loss, params, 400, batches)[2])
+
+
+@pytest.mark.parametrize("multiple", [10, 100])
+def test_learning_rate_far_too_high_ends_near_the_tuned_one(tuned, multiple):
+    params, batches = mlp_problem()
+    rate = multiple * TUNED
+    plain = final(train(optax.adam(rate), mlp_loss, params, 400, batches)[2])
+    _, state, losses = train(guard(optax.adam(rate)), mlp_loss, params, 400, batches)
+    untrained = float(losses[0])
+    assert tuned < 0.5 * untrained
+    gap = (final(losses) - tuned) / (untrained - tuned)
+    assert gap < 0.25, (final(losses), tuned, plain, untrained)
+    assert final(losses) < plain
+    assert report(state).control_active_steps > 0
+
+
+def test_the_tuned_rate_is_left_alone_or_nearly(tuned):
+    params, batches = mlp_problem()
+    _, _, losses = train(guard(optax.adam(TUNED)), mlp_loss, params, 400, batches)
+    assert final(losses) < 1.1 * tuned
+
+
+def parabola(x):
+    return jnp.sum((x - jnp.array([1.0, -1.0, 1.0])) ** 2)
+
+
+def rosenbrock(x):
+    return (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
+
+
+def scalar(x):
+    return (x - 3) ** 2
+
+
+def linear_regression(w):
+    x = jax.random.normal(jax.random.key(0), (64, 5))
+    return jnp.mean((x @ w - x @ jnp.arange(5.0)) ** 2)
+
+
+def logistic_regression(w):
+    x = jax.random.normal(jax.random.key(0), (64, 5))
+    label = jnp.sign(x @ jnp.arange(-2.0, 3.0) + 0.5)
+    return jnp.mean(jnp.logaddexp(0, -label * (x @ w))) + 1e-2 * jnp.sum(w**2)
+
+
+CONVEX = {
+    "parabola_adam": (parabola, lambda: optax.adam(1e-1), jnp.array([-1.0, 10.0, 1.0]), 1000),
+    "parabola_sgd": (parabola, lambda: optax.sgd(1e-2), jnp.array([-1.0, 10.0, 1.0]), 1000),
+    "rosenbrock_adam": (rosenbrock, lambda: optax.adam(1e-2), jnp.zeros(2), 8000),
+    "scalar_sgd": (scalar, lambda: optax.sgd(1e-1), jnp.zeros([]), 500),
+    "scalar_adam": (scalar, lambda: optax.adam(3e-2), jnp.zeros([]), 1000),
+    "linear_adam": (linear_regression, lambda: optax.adam(3e-2), jnp.zeros(5), 1500),
+    "linear_sgd": (linear_regression, lambda: optax.sgd(1e-1), jnp.zeros(5), 500),
+    "logistic_adam": (logistic_regression, lambda: optax.adam(3e-2), jnp.zeros(5), 1000),
+    "logistic_sgd": (logistic_regression, lambda: optax.sgd(1.0), jnp.zeros(5), 500),
+}
+
+
+@pytest.mark.parametrize("problem", CONVEX)
+def test_small_problems_converge_as_unguarded(problem):
+    loss_fn, make, start, steps = CONVEX[problem]
+    plain = train(make(), loss_fn, start, steps)[2]
+    losses = train(guard(make()), loss_fn, start, steps)[2]
+    reached = float(plain[0] - plain[-1])
+    assert reached > 0
+    assert float(plain[0] - losses[-1]) > 0.99 * reached
+
+
+def test_a_looser_law_switches_a_sensor_off():
+    stream = faulty(healthy_stream(), [FAULT], grads=lambda g: g * 1e6)
+    off = Law(spike_ratio=float("inf"), backtrack_noise=float("inf"))
+    _, _, states = run(guard(optax.adam(1e-4), law=off), START, stream)
+    assert actions(states)[FAULT] not in REJECTED
