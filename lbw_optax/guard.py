@@ -1,6 +1,5 @@
 """The transformation: wires sensing, interpretation, policy, actuation and ledger together."""
 
-import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -52,7 +51,69 @@ def guard(
     axis_name: Any = None,
     law: Law | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Flies an optimizer by wire."""
+    r"""Flies an optimizer by wire: senses each step, and bounds, holds or undoes a harmful one.
+
+    With :math:`u_t` the step that ``inner`` makes of the gradients :math:`g_t` and :math:`s_t` the
+    scale, the parameters move by
+
+    .. math::
+
+      d_t = \begin{cases}
+        u_t & \text{healthy: the inner step, bit for bit} \\
+        s_t u_t, \; s_t \in [\text{min\_scale}, 1] & \text{under stress} \\
+        0 & \text{a bad observation: held, the inner state stays} \\
+        -(1 - k) d_{t-1}, \; k \in (0, 1) & \text{the last step did harm: undone in part}
+      \end{cases}
+
+    and always :math:`\|d_t\| \le \ell \max(\|p_t\|, \sqrt{n})` with :math:`\ell` =
+    ``relative_step_limit`` and :math:`n` the number of parameters. The controller lives in the
+    optimizer state and runs inside jit.
+
+    Args:
+      inner: any optax transformation that ends in a step (a complete optimizer).
+      memory: what is kept of the last applied step. ``"step"`` keeps all of it (as much memory as
+        the parameters): exact overshoot, and the step can be undone. ``"sparse"`` keeps a sample
+        (at most 1/8): overshoot is sensed, nothing can be undone. ``"none"`` keeps nothing.
+      min_scale: lowest scale, in [1e-9, 1].
+      relative_step_limit: longest step over the parameters' norm, whatever the sensors say, in
+        [1e-6, 1e6].
+      max_rejections: held or undone steps in a row before the run proceeds at ``min_scale``, an
+        integer of at least 1.
+      log_size: number of events that the log keeps, an integer of at least 1.
+      axis_name: inside ``shard_map``, the mesh axes over which all leaves are split; their sums are
+        then taken over the whole mesh. Not needed under ``jit``.
+      law: the constants of the control law; the defaults are meant for every task.
+
+    Returns:
+      A transformation whose ``update`` takes the loss of the step as ``value=`` (or ``loss=``).
+      Without it, or without ``params``, the sensors that need it are off and
+      :func:`lbw_optax.report` says so.
+
+    Raises:
+      ValueError: if an argument is outside its range.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, lbw_optax
+      >>> tx = lbw_optax.guard(optax.adamw(1e-3))
+      >>> params = {"w": jnp.ones(3)}
+      >>> state = tx.init(params)
+      >>> loss, grads = jax.value_and_grad(lambda p: jnp.sum(p["w"] ** 2))(params)
+      >>> updates, state = tx.update(grads, state, params, value=loss)
+      >>> params = optax.apply_updates(params, updates)
+      >>> lbw_optax.report(state).regime
+      'STABLE'
+
+    References:
+      Radianis, `Learn-by-Wire Training Control Governance
+      <https://arxiv.org/abs/2605.19008>`_, 2026
+
+    .. note::
+      A plain optimizer's checkpoint is adopted with
+      ``tx.init(params)._replace(inner_state=restored)``; ``state.inner_state`` releases it again.
+
+    .. seealso::
+      :func:`lbw_optax.report`, :func:`lbw_optax.events`
+    """
     law = Law() if law is None else law
     _check(inner, memory, min_scale, relative_step_limit, max_rejections, log_size, law)
     limits = policy.Limits(min_scale, relative_step_limit, max_rejections)
@@ -174,12 +235,12 @@ def _check(inner, mode, min_scale, relative_step_limit, max_rejections, log_size
         raise ValueError(f"guard: inner must be an optax transformation, got {inner!r}")
     if mode not in memory.MODES:
         raise ValueError(f"guard: memory must be one of {memory.MODES}, got {mode!r}")
-    for name, number, high in (
-        ("min_scale", min_scale, 1.0),
-        ("relative_step_limit", relative_step_limit, math.inf),
+    for name, number, low, high in (
+        ("min_scale", min_scale, 1e-9, 1.0),
+        ("relative_step_limit", relative_step_limit, 1e-6, 1e6),
     ):
-        if not (isinstance(number, (int, float)) and 0 < number <= high):
-            raise ValueError(f"guard: {name} must be in (0, {high}], got {number!r}")
+        if not (isinstance(number, (int, float)) and low <= number <= high):
+            raise ValueError(f"guard: {name} must be in [{low:g}, {high:g}], got {number!r}")
     for name, count in (("max_rejections", max_rejections), ("log_size", log_size)):
         if not (isinstance(count, int) and count >= 1):
             raise ValueError(f"guard: {name} must be an integer of at least 1, got {count!r}")

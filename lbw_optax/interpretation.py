@@ -131,12 +131,19 @@ def next_regime(
     alarm = d.alarm != Cause.NONE
     quiet = ~alarm & jnp.where(regime == Regime.STRESS, d.calm, ~d.suspicion)
     waited = jnp.where(quiet, dwell + 1, 0)
+    after_spike = jnp.where(scale < 1, Regime.STRESS, Regime.RECOVERY)
     after_stress = jnp.where(waited >= law.calm_steps, Regime.RECOVERY, Regime.STRESS)
     ready = (waited >= law.recovery_steps) & (scale >= 1)
     after_recovery = jnp.where(ready, Regime.STABLE, Regime.RECOVERY)
     new = jnp.select(
-        [alarm, d.suspicion, regime == Regime.STABLE, regime == Regime.STRESS],
-        [jnp.int32(Regime.SPIKE), jnp.int32(Regime.STRESS), jnp.int32(Regime.STABLE), after_stress],
+        [
+            alarm,
+            d.suspicion,
+            regime == Regime.STABLE,
+            regime == Regime.STRESS,
+            regime == Regime.SPIKE,
+        ],
+        [Regime.SPIKE, Regime.STRESS, Regime.STABLE, after_stress, after_spike],
         after_recovery,
     ).astype(jnp.int32)
     return new, jnp.where(new == regime, waited, 0)

@@ -5,6 +5,7 @@ import math
 
 _SHARES = (
     "loss_decay",
+    "trend_decay",
     "noise_decay",
     "overshoot_decay",
     "gradient_rise",
@@ -26,20 +27,21 @@ class Law:
     """
 
     # Envelope: how long a healthy step is.
-    relative_step: float = 0.007
-    """Longest healthy step over the parameters' norm, in the long run."""
+    relative_step: float = 0.01
+    """Longest healthy step over the parameters' norm, in the long run. AdamW's best learning rate
+    takes 0.3 to 0.8 % there on small decoders, with LoRA or without."""
     relative_step_start: float = 0.03
-    """The same for the first step, where Adam's step is a sign: later ones are about 4 times shorter
-    because its first moment averages the noise away."""
-    relative_step_power: float = 0.3
-    """The first value falls with this power of the step, as AdamW's own steps do at its best
-    learning rate."""
+    """The same for the first step, where Adam's step is a sign: later ones are about 4 times
+    shorter because its first moment averages the noise away."""
+    relative_step_power: float = 0.2
+    """The first value falls with this power of the step, a little slower than AdamW's own steps do
+    at its best learning rate (0.3), so that a run at that rate is not caught."""
     unset_size: float = 1e-3
-    """Parameters whose root mean square is below this have no size of their own yet: a relative step
-    says nothing about them."""
+    """Parameters whose root mean square is below this have no size of their own yet: a relative
+    step says nothing about them."""
     trust_straight: float = 0.9
-    """The absolute trust radius grows after a bound step whose slope at the end is still this share of
-    the slope at the start. Networks reach 0.88 at most, smooth small problems 0.99."""
+    """The absolute trust radius grows after a bound step whose slope at the end is still this
+    share of the slope at the start. Networks reach 0.88 at most, smooth small problems 0.99."""
     trust_curved: float = 0.5
     """The trust radius shrinks where that share is lower: along a parabola the step was then more
     than half of the way to the minimum."""
@@ -49,6 +51,8 @@ class Law:
     # Sensing: running statistics.
     loss_decay: float = 0.9
     """Decay of the mean loss (about the last 10 steps)."""
+    trend_decay: float = 0.98
+    """Decay of a second, slower mean; the distance of the two is the progress."""
     noise_decay: float = 0.98
     """Decay of the variance of the loss around that mean (about the last 50 steps)."""
     noise_clip: float = 3.0
@@ -64,22 +68,24 @@ class Law:
     overshoot_decay: float = 0.95
     """Decay of the mean and variance of the overshoot."""
     gradient_rise: float = 0.1
-    """Weight of a gradient norm above its mean: a permanent shift of x50 is accepted in 17 steps."""
+    """Weight of a gradient norm above its mean: a permanent shift of x50 is accepted in 17
+    steps."""
     gradient_fall: float = 0.02
-    """Weight of a gradient norm below its mean, so that quiet batches do not make a normal one look
-    like a spike."""
+    """Weight of a gradient norm below its mean, so that quiet batches do not make a normal one
+    look like a spike."""
     gradient_warmup: int = 5
     """Observations until the gradient-norm tests have full sensitivity; it grows linearly."""
 
     # Interpretation: when to suspect, when to raise an alarm, when to be calm.
     stress_noise: float = 0.1
-    """Mean overshoot, in standard deviations of the loss, that counts as stress. It stays below 0.05
-    in runs that end well."""
+    """Mean overshoot, in standard deviations of the loss, that counts as stress. It stays below
+    0.05 in runs that end well."""
     backtrack_noise: float = 1.0
-    """Overshoot of one step, in standard deviations of the loss, that undoes the step. In runs that
-    collapse it reaches 1 to 40 within three steps."""
+    """Overshoot of one step, in standard deviations of the loss, that undoes the step. In runs
+    that collapse it reaches 1 to 40 within three steps."""
     jump_noise: float = 5.0
-    """Loss innovation, in standard deviations, that undoes the step if overshoot or gradients agree."""
+    """Loss innovation, in standard deviations, that undoes the step if overshoot or gradients
+    agree."""
     jump_overshoot: float = 0.1
     """Overshoot, in standard deviations of the loss, that agrees with a loss jump."""
     collapse_ratio: float = 3.0
@@ -94,16 +100,30 @@ class Law:
     """Dwell: steps without an alarm before RECOVERY becomes STABLE."""
 
     # Policy: how the scale moves.
+    share: float = 0.7
+    """Share of the healthy length at which the latch holds a step under stress: a start below the
+    best learning rate, from which the earned factor can grow, is a warm-up."""
     slack: float = 0.25
-    """Least share of the healthy length that the latch leaves: Adam's own shortening is a factor of
-    4.4, sqrt((1 + b1) / (1 - b1)) for b1 = 0.9, so a step below it means that the stress is over."""
-    growth: float = 1.01
-    """Factor per step by which the earned factor rises while steps are significantly too short, and
-    falls while they are significantly too long."""
-    earned_most: float = 3.0
-    """Upper limit of the earned factor."""
+    """Least share of that length which the latch leaves. Adam shortens its own steps by 4.4 =
+    sqrt((1 + b1) / (1 - b1)) for b1 = 0.9; a step below it means that the stress is over."""
+    growth: float = 1.02
+    """Factor per step by which the earned factor rises while steps are significantly too short,
+    and falls while they overshoot by more than the progress is worth.
+    Above 0.4 (1 - overshoot_decay) it outruns its own evidence."""
+    earn_straight: float = 0.25
+    """Steps are too short while the mean slope at their end is more than this share of the slope
+    at their start."""
+    earned_most: float = 2.0
+    """Upper limit of the earned factor; 2.5 and more ruin training from scratch."""
     earned_least: float = 0.1
     """Lower limit of the earned factor."""
+    horizon: float = 1.0
+    """Overshoot per step that is worth its progress, in units of the progress per step."""
+    bearable_least: float = 0.005
+    """Least bearable overshoot, in standard deviations of the loss."""
+    bearable_most: float = 0.05
+    """Largest bearable overshoot, in standard deviations of the loss; runs at the best learning
+    rate of training from scratch reach 0.045."""
     release: float = 1.05
     """Factor per step by which the scale returns to 1 in RECOVERY."""
     rise_limit: float = 1.25

@@ -2,8 +2,8 @@
 
 | mode | extra memory | what it allows |
 |---|---|---|
-| `"none"` | none | no overshoot is sensed, nothing can be undone |
-| `"sparse"` | at most 1/8 of the parameters | overshoot is sensed on a sample, nothing can be undone |
+| `"none"` | none | no overshoot sensed, nothing undone |
+| `"sparse"` | at most 1/8 of the parameters | overshoot sensed on a sample, nothing undone |
 | `"step"` | as much as the parameters | overshoot is exact, the last step can be undone |
 """
 

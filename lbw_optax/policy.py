@@ -88,9 +88,14 @@ class Envelope(NamedTuple):
 
 def init_controller() -> Controller:
     """Returns the controller of a run that has not begun."""
-    one, zero = jnp.ones([], jnp.float32), jnp.zeros([], jnp.float32)
-    none = jnp.zeros([], jnp.int32)
-    return Controller(one, one, one, zero, zero, zero, none, none)
+    start = {"applied_scale": 1, "latch": 1, "earned": 1}
+    whole = ("rejections", "nonfinites")
+    return Controller(
+        **{
+            name: jnp.full([], start.get(name, 0), jnp.int32 if name in whole else jnp.float32)
+            for name in Controller._fields
+        }
+    )
 
 
 def envelope(
@@ -188,15 +193,19 @@ def decide(
 
     .. math::
 
-      r_t &= \text{healthy}_t / \|u_t\| \\
-      a_t &= \mathrm{clip}(a_{t-1}, \lambda r_t, r_t) \\
-      h_t &= h_{t-1} \cdot (\gamma \text{ if } q + 2 e_q < 0,\;
-             1/\gamma \text{ if } q - e_q > 0,\; 1 \text{ otherwise}) \\
-      \text{scale}_t &= \min(1, a_t h_t)
+      r_t &= \eta \, \text{healthy}_t / \|u_t\| \\
+      a_t &= \min(1, \mathrm{clip}(a_{t-1}, \lambda r_t, r_t)) \\
+      h_t &= h_{t-1} \cdot \begin{cases}
+        \gamma & q + 2 e_q < 0 \text{ and } -q s > \beta \bar a \\
+        1 / \gamma & (q - e_q) s^2 > \theta \\
+        1 & \text{otherwise} \end{cases} \\
+      s_t &= \min(1, a_t h_t)
 
-    with :math:`a` the latch, :math:`h` the earned factor, :math:`q \pm e_q` the mean overshoot and
-    its standard error, :math:`\lambda` = ``law.slack`` and :math:`\gamma` = ``law.growth``. The
-    latch holds the scale, not the step: the inner optimizer's own shortening of its steps survives.
+    with :math:`a` the latch, :math:`h` the earned factor, :math:`q \pm e_q` the mean overshoot per
+    squared scale and its standard error, :math:`\bar a` the mean slope, :math:`\theta` the bearable
+    overshoot, :math:`\eta` = ``law.share``, :math:`\lambda` = ``law.slack``, :math:`\gamma` =
+    ``law.growth`` and :math:`\beta` = ``law.earn_straight``. The latch holds the scale, not the
+    step: the inner optimizer's own shortening of its steps survives.
 
     Args:
       controller: the policy's memory.
@@ -300,10 +309,11 @@ def _regulate(
 ) -> tuple[jax.Array, jax.Array]:
     """Moves latch and earned factor: by the control law under stress, else back to 1."""
     c, t, s = controller, telemetry, signals
-    room = bounds.healthy / jnp.where(t.step_norm > 0, t.step_norm, bounds.healthy)
+    room = law.share * bounds.healthy / jnp.where(t.step_norm > 0, t.step_norm, bounds.healthy)
     latch = jnp.minimum(jnp.clip(c.latch, law.slack * room, room), 1)
-    too_short = s.overshoot + 2 * s.overshoot_error < 0
-    too_long = s.overshoot - s.overshoot_error > 0
+    straight = -s.overshoot * c.applied_scale > law.earn_straight * s.slope
+    too_short = straight & (s.overshoot + 2 * s.overshoot_error < 0)
+    too_long = (s.overshoot - s.overshoot_error) * c.applied_scale**2 > s.bearable
     rate = jnp.where(too_short, law.growth, jnp.where(too_long, 1 / law.growth, 1))
     earned = jnp.clip(rate * c.earned, law.earned_least, law.earned_most)
     released = jnp.minimum(c.latch * law.release, 1)

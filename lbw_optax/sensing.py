@@ -7,6 +7,9 @@ import jax.numpy as jnp
 
 from lbw_optax.law import Law
 
+_LARGEST = 1e15
+"""Largest observation that a running statistic takes as it is; float32 holds the square of 1e19."""
+
 
 class Telemetry(NamedTuple):
     """One step's observations, each a scalar.
@@ -43,7 +46,11 @@ class Statistics(NamedTuple):
     Attributes:
       observations: how many observations were accepted.
       gradient_mean: mean gradient norm; 0 until there is one.
-      loss_mean: mean of the loss.
+      loss_mean: mean of the loss over about the last 10 steps.
+      loss_trend: mean of the loss over about the last 50 steps.
+      index_mean: the first mean applied to the step index; with `index_trend` it turns the distance
+        of the two loss means into progress per step.
+      index_trend: the second mean applied to the step index.
       loss_variance: variance of the loss around its mean, not yet bias-corrected.
       overshoots: how many overshoots were accepted.
       overshoot_mean: mean of overshoot / scale^2, not yet bias-corrected.
@@ -54,6 +61,9 @@ class Statistics(NamedTuple):
     observations: jax.Array  # shape=(), dtype=int32
     gradient_mean: jax.Array  # shape=(), dtype=float32
     loss_mean: jax.Array  # shape=(), dtype=float32
+    loss_trend: jax.Array  # shape=(), dtype=float32
+    index_mean: jax.Array  # shape=(), dtype=float32
+    index_trend: jax.Array  # shape=(), dtype=float32
     loss_variance: jax.Array  # shape=(), dtype=float32
     overshoots: jax.Array  # shape=(), dtype=int32
     overshoot_mean: jax.Array  # shape=(), dtype=float32
@@ -63,10 +73,13 @@ class Statistics(NamedTuple):
 
 def init_statistics() -> Statistics:
     """Returns the statistics of a run that has not begun."""
-    zero = jnp.zeros([], jnp.float32)
+    whole = ("observations", "overshoots")
+    # Each field is an array of its own: shared buffers could not be donated.
     return Statistics(
-        **{name: zero for name in Statistics._fields}
-        | {"observations": jnp.zeros([], jnp.int32), "overshoots": jnp.zeros([], jnp.int32)}
+        **{
+            name: jnp.zeros([], jnp.int32 if name in whole else jnp.float32)
+            for name in Statistics._fields
+        }
     )
 
 
@@ -172,6 +185,8 @@ class Signals(NamedTuple):
       noise: standard deviation of the loss, the yardstick of the overshoot; without the loss, the
         mean slope.
       innovation: loss minus its mean; 0 without the loss.
+      bearable: mean overshoot per step that the progress is worth.
+      slope: mean of |<g_t, u_t>|.
       spike: gradient norm in units of what counts as a spike.
       faded: whether the gradient norm is far below its running mean.
       overshoot: mean of overshoot / scale^2.
@@ -180,6 +195,8 @@ class Signals(NamedTuple):
 
     noise: jax.Array  # shape=(), dtype=float32
     innovation: jax.Array  # shape=(), dtype=float32
+    bearable: jax.Array  # shape=(), dtype=float32
+    slope: jax.Array  # shape=(), dtype=float32
     spike: jax.Array  # shape=(), dtype=float32
     faded: jax.Array  # shape=(), dtype=bool
     overshoot: jax.Array  # shape=(), dtype=float32
@@ -203,15 +220,23 @@ def compare(
     """
     s, t = statistics, telemetry
     n = s.observations
+    slope = _debias(s.slope_mean, law.overshoot_decay, n)
     if has_loss:
         early = n < law.noise_warmup
         floor = jnp.where(early, law.noise_floor_start, law.noise_floor) * jnp.abs(s.loss_mean)
         noise = jnp.sqrt(_debias(s.loss_variance, law.noise_decay, n))
         noise = jnp.maximum(noise, floor)
         innovation = jnp.where(n > 0, t.loss - s.loss_mean, 0)
+        # The distance of two means of different age over the difference of their ages.
+        lag = s.index_mean - s.index_trend
+        progress = (s.loss_trend - s.loss_mean) / jnp.where(lag > 0, lag, jnp.inf)
+        bearable = jnp.clip(
+            law.horizon * progress, law.bearable_least * noise, law.bearable_most * noise
+        )
     else:
-        noise = law.blind_noise * last_scale * _debias(s.slope_mean, law.overshoot_decay, n)
+        noise = law.blind_noise * last_scale * slope
         innovation = jnp.zeros([], jnp.float32)
+        bearable = law.bearable_most * noise
     ratio = t.gradient_norm / jnp.where(s.gradient_mean > 0, s.gradient_mean, jnp.inf)
     warmup = jnp.maximum(law.gradient_warmup / jnp.maximum(n, 1).astype(jnp.float32), 1)
     overshoot = _debias(s.overshoot_mean, law.overshoot_decay, s.overshoots)
@@ -222,6 +247,8 @@ def compare(
     return Signals(
         noise=noise,
         innovation=innovation,
+        bearable=bearable,
+        slope=slope,
         spike=ratio / (law.spike_ratio * warmup),
         faded=(ratio * law.collapse_ratio * warmup < 1) & (s.gradient_mean > 0),
         overshoot=overshoot,
@@ -275,16 +302,24 @@ def observe(
     """
     s, t = statistics, telemetry
     n = s.observations
-    # Until the mean has enough observations for its decay, it is their plain average.
-    weight = jnp.maximum(1 - law.loss_decay, 1 / (n.astype(jnp.float32) + 1))
+    index = n.astype(jnp.float32)
+    # Until a mean has enough observations for its decay, it is their plain average.
+    fast = jnp.maximum(1 - law.loss_decay, 1 / (index + 1))
+    slow = jnp.maximum(1 - law.trend_decay, 1 / (index + 1))
+    # Bounded so that its square stays far inside float32, whatever a step shows.
+    normalised = jnp.clip(t.overshoot / last_scale**2, -_LARGEST, _LARGEST)
+    loss = jnp.clip(t.loss, -_LARGEST, _LARGEST)
+    innovation = jnp.clip(signals.innovation, -_LARGEST, _LARGEST)
     bound = law.noise_clip * signals.noise
-    variance = jnp.clip(signals.innovation, -bound, bound) ** 2
-    normalised = t.overshoot / last_scale**2
+    variance = jnp.clip(innovation, -bound, bound) ** 2
     b = law.overshoot_decay
     return Statistics(
         observations=n + 1,
         gradient_mean=learn_gradient(s, t.gradient_norm, law),
-        loss_mean=_ema(s.loss_mean, t.loss, weight),
+        loss_mean=_ema(s.loss_mean, loss, fast),
+        loss_trend=_ema(s.loss_trend, loss, slow),
+        index_mean=_ema(s.index_mean, index, fast),
+        index_trend=_ema(s.index_trend, index, slow),
         loss_variance=_ema(s.loss_variance, variance, 1 - law.noise_decay),
         overshoots=s.overshoots + moved,
         overshoot_mean=jnp.where(
