@@ -1,0 +1,120 @@
+"""The three memories: their size, and what each can and cannot do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import actions, at, exact_jit, feed, is_finite, norm
+
+from lbw_optax import Action, guard, report
+
+BIG = {"w": jnp.ones((64, 96)), "wide": jnp.ones((3, 2048)), "b": jnp.ones(96)}
+SMALL = {"w": jnp.linspace(0.5, 1.5, 12).reshape(4, 3), "b": jnp.ones(3)}
+MODES = ("none", "sparse", "step")
+every_mode = pytest.mark.parametrize("memory", MODES)
+STEPS, FAULT = 30, 20
+
+
+def nbytes(tree):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@every_mode
+def test_size(memory, dtype):
+    params = jax.tree.map(lambda x: x.astype(dtype), BIG)
+    state = guard(optax.sgd(0.1), memory=memory).init(params)
+    kept, whole = nbytes(state.last_step), nbytes(params)
+    assert {
+        "none": kept == 0,
+        "sparse": 0 < kept <= whole / 8,
+        "step": kept == whole,
+    }[memory]
+    assert nbytes(state) - kept < 8192
+
+
+def test_rest_of_the_state_does_not_grow_with_the_parameters():
+    sizes = [nbytes(guard(optax.sgd(0.1), memory="none").init(p)) for p in (SMALL, BIG, {})]
+    assert len(set(sizes)) == 1
+
+
+def stream(fault=None):
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(
+        lambda p: np.float32(1 + 0.1 * rng.standard_normal((STEPS, *p.shape))), SMALL
+    )
+    value = np.float32(1e-6 * (1 + 0.1 * rng.standard_normal(STEPS)))
+    factor = {"nan": np.nan, "spike": 1e6, "harm": -5.0}.get(fault, 1.0)
+    for g in jax.tree.leaves(grads):
+        g[FAULT] *= factor
+    if fault == "nan_loss":
+        value[FAULT] = np.nan
+    if fault == "harm":
+        value[FAULT] = 1.0
+    return {"grads": grads, "value": value}
+
+
+def run(memory, data, rate=1e-4, params=SMALL):
+    tx = guard(optax.adam(rate), memory=memory)
+    return jax.device_get(exact_jit(lambda p, s: feed(tx, p, s))(params, data))
+
+
+@every_mode
+@pytest.mark.parametrize("fault", ["nan", "spike", "nan_loss"])
+def test_bad_observation_is_held_in_every_mode(memory, fault):
+    _, updates, states = run(memory, stream(fault))
+    assert actions(states)[FAULT] == Action.HOLD
+    assert norm(at(updates, FAULT)) == 0
+    assert is_finite(states)
+
+
+@every_mode
+def test_too_long_steps_are_shortened_in_every_mode(memory):
+    params, updates, states = run(memory, stream(), rate=1.0)
+    assert Action.SCALE in actions(states)
+    assert norm(at(updates, 0)) < 0.5 * norm(at(params, 0))
+    assert report(at(states, -1)).min_scale_seen < 1
+
+
+@every_mode
+def test_only_the_whole_step_can_be_undone(memory):
+    _, updates, states = run(memory, stream("harm"))
+    made = actions(states)
+    assert (Action.BACKTRACK in made) == (memory == "step")
+    if memory != "step":
+        assert norm(at(updates, FAULT)) > 0
+    if memory == "sparse":
+        last = report(at(states, -1))
+        assert last.causes["OVERSHOOT"] >= 1
+        assert last.min_scale_seen < 1
+
+
+@every_mode
+def test_non_finite_values_in_a_row_never_backtrack_without_the_step(memory):
+    data = stream("nan")
+    data["value"][FAULT + 1 : FAULT + 4] = np.nan
+    made = actions(run(memory, data)[2])[FAULT : FAULT + 4]
+    if memory == "step":
+        assert made == [Action.HOLD] + 3 * [Action.BACKTRACK]
+    else:
+        assert made == 4 * [Action.HOLD]
+
+
+@every_mode
+def test_report_says_which_mode_senses_no_overshoot(memory):
+    state = run(memory, stream())[2]
+    assert (report(at(state, -1)).sensors_off == ("overshoot",)) == (memory == "none")
+
+
+def test_sample_estimates_the_overshoot_of_the_whole():
+    """Gradients equal in every entry: 1/16 of the entries tell as much as all of them."""
+    rng = np.random.default_rng(0)
+    shared = 1 + 0.1 * rng.standard_normal(STEPS)
+    grads = jax.tree.map(lambda p: np.float32(np.multiply.outer(shared, np.ones(p.shape))), BIG)
+    data = {"grads": grads, "value": np.ones(STEPS, np.float32)}
+    means = [
+        run(memory, data, params=BIG)[2].statistics.overshoot_mean[-1]
+        for memory in ("sparse", "step")
+    ]
+    np.testing.assert_allclose(means[0], means[1], rtol=1e-3)

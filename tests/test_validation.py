@@ -1,0 +1,108 @@
+"""Bad arguments: a ValueError that names the argument, its value and the allowed range."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lbw_optax import Law, guard
+
+BAD = {
+    "inner_none": ({"inner": None}, "inner", "None"),
+    "inner_class": ({"inner": 1e-3}, "inner", "0.001"),
+    "memory": ({"memory": "lots"}, "memory", "'lots'"),
+    "memory_none": ({"memory": None}, "memory", "None"),
+    "min_scale_zero": ({"min_scale": 0.0}, "min_scale", "0.0"),
+    "min_scale_negative": ({"min_scale": -1e-3}, "min_scale", "-0.001"),
+    "min_scale_large": ({"min_scale": 1.5}, "min_scale", "1.5"),
+    "min_scale_nan": ({"min_scale": math.nan}, "min_scale", "nan"),
+    "min_scale_text": ({"min_scale": "small"}, "min_scale", "'small'"),
+    "min_scale_underflows": ({"min_scale": 1e-60}, "min_scale", "1e-60"),
+    "limit_zero": ({"relative_step_limit": 0}, "relative_step_limit", "0"),
+    "limit_negative": ({"relative_step_limit": -1.0}, "relative_step_limit", "-1.0"),
+    "limit_nan": ({"relative_step_limit": math.nan}, "relative_step_limit", "nan"),
+    "limit_infinite": ({"relative_step_limit": math.inf}, "relative_step_limit", "inf"),
+    "rejections_zero": ({"max_rejections": 0}, "max_rejections", "0"),
+    "rejections_float": ({"max_rejections": 2.5}, "max_rejections", "2.5"),
+    "rejections_none": ({"max_rejections": None}, "max_rejections", "None"),
+    "rejections_bool": ({"max_rejections": True}, "max_rejections", "True"),
+    "log_zero": ({"log_size": 0}, "log_size", "0"),
+    "log_negative": ({"log_size": -5}, "log_size", "-5"),
+    "log_float": ({"log_size": 16.0}, "log_size", "16.0"),
+    "law": ({"law": {"cut": 0.5}}, "law", "{'cut': 0.5}"),
+}
+RANGES = {
+    "memory": r"none.*sparse.*step",
+    "min_scale": r"must be in [\[(]\S+, 1(\.0)?[\])]",
+    "relative_step_limit": r"must be in [\[(]\S+, \S+[\])]",
+    "max_rejections": "at least 1",
+    "log_size": "at least 1",
+    "law": "Law",
+    "inner": "transformation",
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_argument_is_named_when_guard_is_called(bad):
+    kwargs, name, value = BAD[bad]
+    kwargs = {"inner": optax.sgd(0.1)} | kwargs
+    with pytest.raises(ValueError, match=name) as error:
+        guard(kwargs.pop("inner"), **kwargs)
+    error.match(RANGES[name])
+    assert value in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "good",
+    [
+        {"min_scale": 1},
+        {"min_scale": np.float32(0.5)},
+        {"relative_step_limit": 100},
+        {"relative_step_limit": np.float64(2.0)},
+        {"max_rejections": np.int64(3)},
+        {"log_size": np.int32(1)},
+        {"memory": "none"},
+        {"law": Law(spike_ratio=math.inf)},
+    ],
+    ids=str,
+)
+def test_good_argument_is_taken(good):
+    tx = guard(optax.sgd(0.1), **good)
+    params = jnp.ones(3)
+    updates, _ = tx.update(params, tx.init(params), params, value=1.0)
+    assert jnp.all(jnp.isfinite(updates))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("relative_step", 0.0),
+        ("noise_floor", -1e-3),
+        ("spike_ratio", math.nan),
+        ("loss_decay", 1.0),
+        ("cut", 1.5),
+        ("calm_steps", "many"),
+        ("growth", None),
+    ],
+)
+def test_bad_constant_of_the_law_is_named(name, value):
+    with pytest.raises(ValueError, match=name) as error:
+        Law(**{name: value})
+    assert repr(value) in str(error.value)
+
+
+@pytest.mark.parametrize("memory", ["none", "sparse", "step"])
+@pytest.mark.parametrize("jit", [False, True])
+def test_bad_loss_is_refused(memory, jit):
+    tx, params = guard(optax.sgd(0.1), memory=memory), jnp.ones(3)
+    update = jax.jit(tx.update) if jit else tx.update
+    state = tx.init(params)
+    with pytest.raises(ValueError, match=r"value=.*loss="):
+        update(params, state, params, value=1.0, loss=1.0)
+    with pytest.raises(ValueError, match=r"scalar.*\(2,\)"):
+        update(params, state, params, value=jnp.ones(2))
+    with pytest.raises(ValueError, match="scalar"):
+        update(params, state, params, loss=jnp.ones((1, 1)))
