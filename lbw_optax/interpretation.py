@@ -108,7 +108,8 @@ def diagnose(telemetry: Telemetry, signals: Signals, pressure: jax.Array, law: L
         alarm=alarm,
         size=size,
         suspicion=(pressure > 1) | bounce,
-        calm=(pressure < law.calm_ratio) & ~bounce,
+        # An empty step (a micro-batch that is only accumulated) shows nothing.
+        calm=(pressure < law.calm_ratio) & (pressure > 0) & ~bounce,
     )
 
 

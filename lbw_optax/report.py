@@ -13,7 +13,17 @@ from lbw_optax.policy import Action
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """One intervention or regime switch."""
+    """One intervention or regime switch.
+
+    Attributes:
+      step: index of the call of ``update``, from 0.
+      cause: name of a :class:`lbw_optax.Cause`; ``"NONE"`` for a mere switch of the regime.
+      regime_before: name of the :class:`lbw_optax.Regime` before the step.
+      regime_after: the same after it.
+      action: name of a :class:`lbw_optax.Action`.
+      scale: the scale in force after it.
+      size: the decisive observation in units of its own threshold.
+    """
 
     step: int
     cause: str
@@ -26,7 +36,26 @@ class Event:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What the guard saw and did since the run began."""
+    """What the guard saw and did since the run began.
+
+    Attributes:
+      steps: calls of ``update``.
+      regime: name of the current :class:`lbw_optax.Regime`.
+      scale: the scale in force.
+      min_scale_seen: lowest scale so far.
+      control_active_steps: steps whose action was not ``PASS``.
+      regime_switches: steps that changed the regime.
+      control_energy: sum over all steps of log(scale)^2.
+      backtracks: steps that took back a part of the last one.
+      held_steps: steps not taken.
+      nonfinite_steps: steps with a non-finite loss, gradient or inner step.
+      exhausted_steps: steps taken at the lowest scale after too many rejected ones.
+      causes: events per :class:`lbw_optax.Cause`, those that occurred.
+      actions: steps per :class:`lbw_optax.Action`.
+      events_recorded: events so far.
+      events_dropped: events that the log no longer holds.
+      sensors_off: sensors without input.
+    """
 
     steps: int
     regime: str
@@ -70,14 +99,42 @@ def _find(opt_state: Any) -> GuardState:
     found = [x for x in leaves if isinstance(x, GuardState)]
     if len(found) != 1:
         raise ValueError(f"opt_state must hold exactly one guard, found {len(found)}")
-    # Only scalars and the ring are fetched; numpy scalars do not trigger further transfers.
     return found[0]
 
 
+def _fetch(tree: Any) -> Any:
+    """Copies a part of the state to the host; nnx keeps each array in a variable of its own."""
+
+    def is_variable(x):
+        return hasattr(x, "get_value")
+
+    arrays = jax.tree.map(
+        lambda x: x.get_value() if is_variable(x) else x, tree, is_leaf=is_variable
+    )
+    return jax.device_get(arrays)
+
+
 def report(opt_state: Any) -> Report:
-    """Summarises what the guard saw and did."""
+    """Summarises what the guard saw and did.
+
+    Args:
+      opt_state: any optimizer state with one guard somewhere inside it (``chain``, ``masked``,
+        ``nnx.Optimizer``, ``TrainState``).
+
+    Returns:
+      A :class:`Report`, which prints as a few lines of text.
+
+    Raises:
+      ValueError: if there is no guard in it, or more than one.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, lbw_optax
+      >>> state = lbw_optax.guard(optax.sgd(0.1)).init(jnp.ones(2))
+      >>> lbw_optax.report(state).held_steps
+      0
+    """
     s = _find(opt_state)
-    log, regime, scale, has_loss, has_params = jax.device_get(
+    log, regime, scale, has_loss, has_params = _fetch(
         (s.ledger, s.regime, s.scale, s.has_loss, s.has_params)
     )
     sensors_off = ()
@@ -109,8 +166,18 @@ def report(opt_state: Any) -> Report:
 
 
 def events(opt_state: Any) -> list[Event]:
-    """Returns the events that the ring still holds, oldest first."""
-    log = jax.device_get(_find(opt_state).ledger)
+    """Lists the events that the log still holds, oldest first.
+
+    Args:
+      opt_state: any optimizer state with one guard somewhere inside it.
+
+    Returns:
+      A list of :class:`Event`; ``dataclasses.asdict`` turns one into a dictionary.
+
+    Raises:
+      ValueError: if there is no guard in it, or more than one.
+    """
+    log = _fetch(_find(opt_state).ledger)
     size = len(log.ring.event_step)
     kept = min(int(log.recorded), size)
     order = [(int(log.recorded) - kept + i) % size for i in range(kept)]

@@ -328,5 +328,7 @@ def observe(
         overshoot_square=jnp.where(
             moved, _ema(s.overshoot_square, normalised**2, 1 - b), s.overshoot_square
         ),
-        slope_mean=_ema(s.slope_mean, jnp.abs(t.slope), 1 - b),
+        slope_mean=jnp.where(
+            t.step_norm > 0, _ema(s.slope_mean, jnp.abs(t.slope), 1 - b), s.slope_mean
+        ),
     )
