@@ -243,7 +243,11 @@ def _check(inner, mode, min_scale, relative_step_limit, max_rejections, log_size
         ("max_rejections", max_rejections, 1, math.inf, numbers.Integral),
         ("log_size", log_size, 1, math.inf, numbers.Integral),
     ):
-        if isinstance(number, bool) or not isinstance(number, kind) or not low <= number <= high:
+        if (
+            isinstance(number, bool)
+            or not isinstance(number, kind)
+            or not low <= float(number) <= high
+        ):
             what = "an integer" if kind is numbers.Integral else "a number"
             raise ValueError(f"guard: {name} must be {what} in [{low:g}, {high:g}], got {number!r}")
     if not isinstance(law, Law):
