@@ -287,7 +287,7 @@ LOOPS = {
 
 
 IDLE_CASES = [
-    ("eager", "clip_adamw", jnp.float32),
+    ("eager", "momentum", jnp.float32),
     ("update", "momentum", jnp.float32),
     ("update", "clip_adamw", jnp.bfloat16),
     ("step", "adamw", jnp.float32),
