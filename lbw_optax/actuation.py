@@ -1,6 +1,5 @@
 """Actuation: carries a command out on the step and on the inner state, by selection alone."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,21 +41,14 @@ def emit(command: Command, step: Any, last_step: Any) -> Any:
     return jax.tree.map(leaf, step, last_step)
 
 
-def keep_step(
-    command: Command,
-    moved: jax.Array,
-    emitted: Any,
-    last_step: Any,
-    select: Callable[[Any], Any],
-) -> Any:
+def keep_step(command: Command, moved: jax.Array, applied: Any, last_step: Any) -> Any:
     """Updates what is remembered of the last applied step.
 
     Args:
       command: the policy's decision.
       moved: whether a new step was taken.
-      emitted: the emitted update.
+      applied: the entries of the emitted update that match `last_step`.
       last_step: what is remembered so far.
-      select: picks the entries to remember; see `lbw_optax.memory`.
 
     Returns:
       A tree like `last_step`.
@@ -69,7 +61,7 @@ def keep_step(
         shorter = jnp.where(undone, (command.factor * d.astype(jnp.float32)).astype(d.dtype), d)
         return jnp.where(moved, e.astype(d.dtype), shorter)
 
-    return jax.tree.map(leaf, last_step, select(emitted))
+    return jax.tree.map(leaf, last_step, applied)
 
 
 def keep_inner_state(command: Command, old: Any, new: Any) -> Any:

@@ -124,13 +124,12 @@ def guard(
 
 def _guard(inner, mode, limits, log_size, axis_name, law):
     inner = optax.with_extra_args_support(inner)
-    select = memory.selector(mode)
     can_undo = mode == "step"
 
     def init_fn(params):
         return GuardState(
             inner_state=inner.init(params),
-            last_step=jax.tree.map(jnp.zeros_like, select(params)),
+            last_step=memory.allocate(mode, params),
             regime=jnp.zeros([], jnp.int32),
             dwell=jnp.zeros([], jnp.int32),
             scale=jnp.ones([], jnp.float32),
@@ -155,7 +154,7 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
             params=params,
             loss=value,
             last_step=state.last_step,
-            sampled_gradients=select(updates),
+            sampled_gradients=memory.pick(updates, state.last_step),
             inner_states=(state.inner_state, inner_state),
             axis_name=axis_name,
         )
@@ -189,8 +188,9 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
         # Act.
         emitted = actuation.emit(command, step, state.last_step if can_undo else None)
         taken = (command.action != Action.HOLD) & (command.action != Action.BACKTRACK)
+        applied = memory.pick(emitted, state.last_step)
         last_step = actuation.keep_step(
-            command, taken & (telemetry.step_norm > 0), emitted, state.last_step, select
+            command, taken & (telemetry.step_norm > 0), applied, state.last_step
         )
         inner_state = actuation.keep_inner_state(command, state.inner_state, inner_state)
 

@@ -86,8 +86,9 @@ class Law:
     jump_noise: float = 5.0
     """Loss innovation, in standard deviations, that undoes the step if overshoot or gradients
     agree."""
-    jump_overshoot: float = 0.1
-    """Overshoot, in standard deviations of the loss, that agrees with a loss jump."""
+    jump_overshoot: float = 0.5
+    """Overshoot, in standard deviations of the loss, that agrees with a loss jump. At 0.1 a single
+    hard batch undid a healthy step in 2 of 8 runs of 1,000 steps."""
     collapse_ratio: float = 3.0
     """Two-sided test: the gradient norm fell by this factor while the loss jumped."""
     spike_ratio: float = 10.0

@@ -7,11 +7,12 @@
 | `"step"` | as much as the parameters | overshoot is exact, the last step can be undone |
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from lbw_optax.sensing import is_inexact
 
 MODES = ("none", "sparse", "step")
 
@@ -20,24 +21,50 @@ STRIDE = 16
 same result as all of them on the tasks of the study; leaves too small to be thinned stay whole."""
 
 
-def _thin(x: jax.Array) -> jax.Array:
-    if x.size < STRIDE**2:
-        return x
-    axis = max(range(x.ndim), key=lambda i: x.shape[i])
+def _thin(x: jax.Array, axis: int) -> jax.Array:
     return jax.lax.slice_in_dim(x, 0, x.shape[axis], stride=STRIDE, axis=axis)
 
 
-def selector(mode: str) -> Callable[[Any], Any]:
-    """Returns the function that picks, from a tree like the parameters, the entries to keep.
+def _sample(x: jax.Array) -> jax.Array:
+    # An axis that the type says is sharded cannot be thinned without moving data.
+    spec = tuple(jax.typeof(x).sharding.spec) + (None,) * x.ndim
+    axes = [i for i in range(x.ndim) if spec[i] is None and x.shape[i] >= STRIDE]
+    if x.size < STRIDE**2 or not axes or not is_inexact(x):
+        return x
+    return _thin(x, max(axes, key=lambda i: x.shape[i]))
+
+
+def allocate(mode: str, params: Any) -> Any:
+    """Makes the memory of a run that has not begun.
 
     Args:
       mode: one of `MODES`.
+      params: the parameters, arrays or their shapes.
 
     Returns:
-      A function from trees to trees; for `"none"` its result is the empty tuple.
+      A tree of zeros like the parameters, or like a sample of them, or the empty tuple.
     """
     if mode == "none":
-        return lambda tree: ()
-    if mode == "sparse":
-        return lambda tree: jax.tree.map(lambda x: _thin(jnp.asarray(x)), tree)
-    return lambda tree: tree
+        return ()
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return jax.tree.map(_sample, zeros) if mode == "sparse" else zeros
+
+
+def pick(tree: Any, kept: Any) -> Any:
+    """Picks from a tree like the parameters the entries that the memory keeps.
+
+    Args:
+      tree: gradients or a step.
+      kept: what `allocate` made.
+
+    Returns:
+      A tree with the shapes of `kept`.
+    """
+    if isinstance(kept, tuple) and not kept:
+        return ()
+
+    def leaf(x, k):
+        thinned = [i for i, (n, m) in enumerate(zip(jnp.shape(x), k.shape, strict=True)) if n != m]
+        return _thin(x, thinned[0]) if thinned else x
+
+    return jax.tree.map(leaf, tree, kept)
