@@ -34,12 +34,13 @@ BAD = {
     "log_float": ({"log_size": 16.0}, "log_size", "16.0"),
     "law": ({"law": {"cut": 0.5}}, "law", "{'cut': 0.5}"),
 }
+RANGE = r"in [\[(]\S+, \S+[\])]"
 RANGES = {
     "memory": r"none.*sparse.*step",
-    "min_scale": r"must be in [\[(]\S+, 1(\.0)?[\])]",
-    "relative_step_limit": r"must be in [\[(]\S+, \S+[\])]",
-    "max_rejections": "at least 1",
-    "log_size": "at least 1",
+    "min_scale": RANGE,
+    "relative_step_limit": RANGE,
+    "max_rejections": RANGE,
+    "log_size": RANGE,
     "law": "Law",
     "inner": "transformation",
 }
