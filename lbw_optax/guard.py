@@ -1,6 +1,5 @@
 """The transformation: wires sensing, interpretation, policy, actuation and ledger together."""
 
-import math
 import numbers
 from typing import Any, Literal, NamedTuple
 
@@ -237,18 +236,18 @@ def _check(inner, mode, min_scale, relative_step_limit, max_rejections, log_size
         raise ValueError(f"guard: inner must be an optax transformation, got {inner!r}")
     if mode not in memory.MODES:
         raise ValueError(f"guard: memory must be one of {memory.MODES}, got {mode!r}")
-    for name, number, low, high, kind in (
-        ("min_scale", min_scale, 1e-9, 1, numbers.Real),
-        ("relative_step_limit", relative_step_limit, 1e-6, 1e6, numbers.Real),
-        ("max_rejections", max_rejections, 1, math.inf, numbers.Integral),
-        ("log_size", log_size, 1, math.inf, numbers.Integral),
+    for name, number, low, high in (
+        ("min_scale", min_scale, 1e-9, 1),
+        ("relative_step_limit", relative_step_limit, 1e-6, 1e6),
     ):
-        if (
-            isinstance(number, bool)
-            or not isinstance(number, kind)
-            or not low <= float(number) <= high
-        ):
-            what = "an integer" if kind is numbers.Integral else "a number"
-            raise ValueError(f"guard: {name} must be {what} in [{low:g}, {high:g}], got {number!r}")
+        if not (_is_number(number, numbers.Real) and low <= number <= high):
+            raise ValueError(f"guard: {name} must be in [{low:g}, {high:g}], got {number!r}")
+    for name, count in (("max_rejections", max_rejections), ("log_size", log_size)):
+        if not (_is_number(count, numbers.Integral) and count >= 1):
+            raise ValueError(f"guard: {name} must be an integer of at least 1, got {count!r}")
     if not isinstance(law, Law):
         raise ValueError(f"guard: law must be a lbw_optax.Law, got {law!r}")
+
+
+def _is_number(x: Any, kind: type) -> bool:
+    return isinstance(x, kind) and not isinstance(x, bool)
