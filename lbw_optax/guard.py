@@ -126,6 +126,12 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
     can_undo = mode == "step"
 
     def init_fn(params):
+        dtypes = [getattr(x, "dtype", type(x)) for x in jax.tree.leaves(params)]
+        if any(jnp.issubdtype(d, jnp.complexfloating) for d in dtypes):
+            raise ValueError(
+                "guard: params must be real, got complex leaves; put the guard inside "
+                "optax.contrib.split_real_and_imaginary"
+            )
         return GuardState(
             inner_state=inner.init(params),
             last_step=memory.allocate(mode, params),

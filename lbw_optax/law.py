@@ -16,6 +16,8 @@ _SHARES = (
     "cut_limit",
 )
 
+_FACTORS = ("growth", "release", "rise_limit", "trust_growth", "collapse_ratio", "spike_ratio")
+
 
 @dataclasses.dataclass(frozen=True)
 class Law:
@@ -140,6 +142,9 @@ class Law:
         for name, value in dataclasses.asdict(self).items():
             if not isinstance(value, (int, float)) or math.isnan(value) or value <= 0:
                 raise ValueError(f"Law.{name} must be a number above 0, got {value!r}")
+        for name in _FACTORS:
+            if getattr(self, name) < 1:
+                raise ValueError(f"Law.{name} must be at least 1, got {getattr(self, name)!r}")
         for name in _SHARES:
             if getattr(self, name) >= 1:
                 raise ValueError(f"Law.{name} must be in (0, 1), got {getattr(self, name)!r}")

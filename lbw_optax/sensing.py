@@ -103,12 +103,22 @@ def finite_part(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0) if is_inexact(x) else x, tree)
 
 
-def became_nonfinite(old: Any, new: Any) -> jax.Array:
-    """Counts the leaves of `new` with a non-finite entry where `old` has a finite one."""
+def became_nonfinite(old: Any, new: Any, scalars: bool) -> jax.Array:
+    """Counts the leaves of `new` with a non-finite entry where `old` has a finite one.
+
+    Args:
+      old: a tree of arrays.
+      new: a tree like `old`.
+      scalars: whether leaves without axes count; an optimizer's own bookkeeping may well store an
+        infinite best value or error there.
+
+    Returns:
+      An int32 scalar.
+    """
     found = [
         jnp.any(jnp.isfinite(x) & ~jnp.isfinite(y))
         for x, y in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
-        if is_inexact(y)
+        if is_inexact(y) and (scalars or jnp.ndim(y) > 0)
     ]
     return sum(found, jnp.zeros([], jnp.int32))
 
@@ -148,13 +158,15 @@ def measure(
       The telemetry; a quantity that cannot be measured is 0.
     """
     usable = finite_part(step)
+    scalars = any(jnp.ndim(x) == 0 for x in jax.tree.leaves(gradients))
     sums = {
         "gradient": inner_product(gradients, gradients),
         "step": inner_product(usable, usable),
         "params": inner_product(params, params),
         "slope": inner_product(gradients, usable),
         "overshoot": inner_product(sampled_gradients, last_step),
-        "nonfinite": became_nonfinite(usable, step) + became_nonfinite(*inner_states),
+        "nonfinite": became_nonfinite(usable, step, scalars=True)
+        + became_nonfinite(*inner_states, scalars=scalars),
         "size": jnp.float32(sum(x.size for x in jax.tree.leaves(gradients) if is_inexact(x))),
         "sample": jnp.float32(sum(x.size for x in jax.tree.leaves(last_step) if is_inexact(x))),
     }
