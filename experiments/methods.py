@@ -12,8 +12,10 @@ from typing import Any
 
 import jax
 import optax
+from optax import contrib
 
 import lbw_optax
+from experiments import peers
 
 REGIMES = tuple(regime.name for regime in lbw_optax.Regime)
 """Names of the integers in `GuardState.regime`."""
@@ -46,6 +48,41 @@ METHODS: dict[str, Callable[[optax.ScalarOrSchedule], optax.GradientTransformati
     "guard(AdamW)": guard,
 }
 """Name in tables and plots -> the method."""
+
+ADAMW, GUARD = "AdamW", "guard(AdamW)"
+"""The two names that verdicts are about."""
+
+
+def skip(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """Clipped AdamW that skips steps of outlying loss or gradient norm."""
+    return peers.skip_step(adamw_clip(learning_rate))
+
+
+def reduce_on_plateau(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """AdamW whose learning rate is halved when the mean loss of 10 steps stops to fall twice.
+
+    optax's defaults, a tenth after 10 single steps, end far worse: a step's loss is mostly noise.
+    """
+    plateau = contrib.reduce_on_plateau(factor=0.5, patience=2, accumulation_size=10)
+    return optax.chain(adamw(learning_rate), plateau)
+
+
+RATE_FREE = ("Prodigy", "D-Adapt AdamW")
+"""Methods that set their own learning rate."""
+
+PEERS: dict[str, Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]] = {
+    ADAMW: adamw,
+    "AdamW + clip": adamw_clip,
+    "ZClip": lambda learning_rate: optax.chain(peers.zclip(), adamw(learning_rate)),
+    "skip-step": skip,
+    "StableAdamW": peers.stable_adamw,
+    "reduce on plateau": reduce_on_plateau,
+    "mechanize": lambda learning_rate: contrib.mechanize(adamw(learning_rate)),
+    "Prodigy": contrib.prodigy,
+    "D-Adapt AdamW": contrib.dadapt_adamw,
+    GUARD: lambda learning_rate: lbw_optax.guard(adamw(learning_rate)),
+}
+"""Name -> method, of the suite `quality`; the guard with its defaults, as a user has it."""
 
 
 def pretraining(learning_rate: optax.ScalarOrSchedule, steps: int) -> optax.GradientTransformation:

@@ -90,6 +90,43 @@ def lr_curves(
         return _png(figure)
 
 
+def loss_panels(
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], rates: str
+) -> bytes:
+    """Held-out loss against the learning rate, one panel per task and one line per method.
+
+    Args:
+      panels: Task -> method -> its (learning rate, loss) points. A loss that is not finite, or is
+        twice the panel's median or more, is drawn at the top.
+      rates: Label of the learning rates.
+
+    Returns:
+      The PNG file.
+    """
+    with plt.rc_context(_STYLE):
+        figure, row = plt.subplots(
+            1, len(panels), figsize=(5 * len(panels), 4.5), squeeze=False, layout="constrained"
+        )
+        for axes, (task, curves) in zip(row[0], panels.items(), strict=True):
+            top = 2 * float(np.median([loss for points in curves.values() for _, loss in points]))
+            top = top if math.isfinite(top) else 1.0
+            for i, (method, points) in enumerate(curves.items()):
+                last = i == len(curves) - 1  # Ours: thick, on top.
+                axes.plot(
+                    [rate for rate, _ in points],
+                    [min(loss, top) for _, loss in points],
+                    color=_COLORS[2] if last else plt.get_cmap("tab20")(2 * i),
+                    linewidth=2.5 if last else 1.2,
+                    marker=_MARKERS[i % len(_MARKERS)],
+                    markersize=4,
+                    label=method,
+                )
+            axes.set(xscale="log", title=task, xlabel=rates)
+        row[0][0].set_ylabel("held-out loss (nats)")
+        figure.legend(*row[0][0].get_legend_handles_labels(), loc="outside right")
+        return _png(figure)
+
+
 def stressed_run(
     plain: tuple[str, Sequence[Mapping[str, Any]]],
     guarded: tuple[str, Sequence[Mapping[str, Any]]],

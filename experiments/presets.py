@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 
 from experiments.data import BYTE_VOCABULARY
 from experiments.errors import UserError
@@ -142,3 +143,123 @@ def lr_stress_preset(name: str) -> LrStressPreset:
     if name not in LR_STRESS_PRESETS:
         raise UserError(f"--preset {name}: unknown; choose one of {', '.join(LR_STRESS_PRESETS)}")
     return LR_STRESS_PRESETS[name]()
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchPreset:
+    """One size of the suites `quality` and `study`."""
+
+    model: DecoderConfig
+    """Shape of the decoder."""
+    pretrain: PretrainConfig
+    """How the base model of the fine-tuning tasks is made."""
+    seq_len: int
+    """Predicted tokens per sequence."""
+    batch_size: int
+    """Sequences per step."""
+    steps: int
+    """Steps of a run."""
+    seeds: tuple[int, ...]
+    """Seeds of the initial values and of the batches."""
+    rates: tuple[float, ...]
+    """Learning rates of AdamW, half a decade apart, around its best."""
+    stressed_rates: int = 5
+    """The other methods are measured at the learning rate below AdamW's best, at the best, and at
+    so many above it."""
+    idle_steps: int = 1000
+    """Steps of the runs that the guard should leave alone."""
+    idle_seeds: int = 10
+    """How many of them there are per learning rate."""
+    problem_steps: int = 30_000
+    """Most steps of the small problems, as in optax's own tests."""
+    heldout_windows: int = 128
+    """Held-out windows."""
+    lora_rank: int = 8
+    """Width of the LoRA corrections."""
+    lora_alpha: float = 16.0
+    """Scale of the corrections, in units of the rank."""
+
+
+def _byte_decoder(width: int, layers: int, seq_len: int) -> DecoderConfig:
+    return DecoderConfig(
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=width // 4,
+        vocab_size=BYTE_VOCABULARY,
+        max_position_embeddings=seq_len,
+    )
+
+
+def _half_decades(decade: int, count: int) -> tuple[float, ...]:
+    """3 x 10^decade, 10 x 10^decade, 30 x 10^decade, ..."""
+    return tuple(float(f"{3 - 2 * (i % 2)}e{decade + (i + 1) // 2}") for i in range(count))
+
+
+def quality_nano() -> BenchPreset:
+    """A 63k-parameter byte model, for two CPU cores.
+
+    Command: `python -m experiments quality`
+    Hardware: CPU, 2 GB of memory, no download.
+    """
+    return BenchPreset(
+        model=_byte_decoder(48, 2, 48),
+        pretrain=PretrainConfig(
+            steps=1500, batch_size=16, learning_rate=3e-3, chunk_steps=50, checkpoint_steps=1500
+        ),
+        seq_len=48,
+        batch_size=8,
+        steps=300,
+        seeds=(0, 1, 2),
+        rates=_half_decades(-4, 9),
+    )
+
+
+def quality_pico() -> BenchPreset:
+    """A 15k-parameter byte model with one layer: a look at everything in a third of the time.
+
+    Command: `python -m experiments quality --preset pico`
+    Hardware: CPU, 1 GB of memory, no download.
+    """
+    return BenchPreset(
+        model=_byte_decoder(32, 1, 32),
+        pretrain=PretrainConfig(
+            steps=1500, batch_size=16, learning_rate=3e-3, chunk_steps=50, checkpoint_steps=1500
+        ),
+        seq_len=32,
+        batch_size=8,
+        steps=300,
+        seeds=(0, 1, 2),
+        rates=_half_decades(-4, 9),
+    )
+
+
+def study_nano() -> BenchPreset:
+    """The model of `quality_nano` with two seeds.
+
+    Command: `python -m experiments study`
+    Hardware: CPU, 2 GB of memory, no download.
+    """
+    return dataclasses.replace(quality_nano(), seeds=(0, 1))
+
+
+def study_pico() -> BenchPreset:
+    """The model of `quality_pico` with two seeds.
+
+    Command: `python -m experiments study --preset pico`
+    Hardware: CPU, 1 GB of memory, no download.
+    """
+    return dataclasses.replace(quality_pico(), seeds=(0, 1))
+
+
+QUALITY_PRESETS = {"nano": quality_nano, "pico": quality_pico}
+STUDY_PRESETS = {"nano": study_nano, "pico": study_pico}
+
+
+def bench_preset(presets: Mapping[str, Callable[[], BenchPreset]], name: str) -> BenchPreset:
+    """The preset of a name, or one clear line."""
+    if name not in presets:
+        raise UserError(f"--preset {name}: unknown; choose one of {', '.join(presets)}")
+    return presets[name]()

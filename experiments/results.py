@@ -4,6 +4,7 @@
 - `metrics.jsonl`: one object per step; `null` stands for a number that is not finite.
 - `events.jsonl`: what the guard did, one object per event.
 - `runs.json`: one record per finished run.
+- `rows.jsonl`: for suites of many short runs, one object per run, whole cells at a time.
 - `checkpoints`: the state of the unfinished run.
 
 Files are replaced in one move, so that a reader never sees half of one; `metrics.jsonl` and
@@ -25,6 +26,7 @@ from typing import Any
 from experiments.errors import UserError
 
 _CONFIG, _METRICS, _EVENTS, _RUNS = "config.json", "metrics.jsonl", "events.jsonl", "runs.json"
+_ROWS = "rows.jsonl"
 _CHECKPOINTS = "checkpoints"
 
 
@@ -70,6 +72,15 @@ class Results:
         self.write(_RUNS, json.dumps(self.runs, indent=2))
         shutil.rmtree(self.checkpoint_folder(run), ignore_errors=True)
 
+    def finish_cell(self, cell: str, rows: Iterable[dict[str, Any]]) -> None:
+        """Records the rows of a finished cell: a group of runs that were measured together."""
+        lines = [*self._read_jsonl(_ROWS), *({"cell": cell, **row} for row in rows)]
+        self.write(_ROWS, "".join(map(_json_line, lines)))
+
+    def cell(self, cell: str) -> list[dict[str, Any]]:
+        """The rows of a finished cell, in order; none if it is not finished."""
+        return [row for row in self._read_jsonl(_ROWS) if row["cell"] == cell]
+
     def metrics(self, run: str) -> list[dict[str, Any]]:
         """The metrics of one run, in order."""
         return [row for row in self._read_jsonl(_METRICS) if row["run"] == run]
@@ -103,7 +114,7 @@ class Results:
 
     def _clear(self) -> None:
         # Only what a job writes: the folder is the user's, and may hold more.
-        for name in (_CONFIG, _METRICS, _EVENTS, _RUNS):
+        for name in (_CONFIG, _METRICS, _EVENTS, _RUNS, _ROWS):
             (self.folder / name).unlink(missing_ok=True)
         shutil.rmtree(self.folder / _CHECKPOINTS, ignore_errors=True)
 

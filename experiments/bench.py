@@ -1,0 +1,116 @@
+"""What the sections of the suites `quality` and `study` share: tasks, finished cells, tables."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from experiments.presets import BenchPreset
+from experiments.results import Results
+from experiments.tasks import Task, language_tasks
+
+Row = dict[str, Any]
+
+
+class Table(NamedTuple):
+    """A table of the report."""
+
+    title: str
+    heading: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+
+class Bar(NamedTuple):
+    """A requirement: a measured value and the most it may be."""
+
+    name: str
+    value: float
+    limit: float
+
+    @property
+    def met(self) -> bool:
+        """Whether the value is at most the limit; a value that is no number is not."""
+        return self.value <= self.limit
+
+
+class Findings(NamedTuple):
+    """What a section found."""
+
+    rows: list[Row]
+    tables: list[Table]
+    bars: list[Bar]
+
+
+class Bench:
+    """The tasks of a preset, and a results folder that remembers finished cells."""
+
+    def __init__(self, preset: BenchPreset, folder: Results):
+        self.preset = preset
+        self._folder = folder
+        self._console = Console()
+        self.task: Callable[[str], Task] = functools.cache(
+            lambda name: language_tasks(preset, (name,))[name]
+        )
+
+    def cell(self, name: str, measure: Callable[[], Iterable[Row]]) -> list[Row]:
+        """The rows of a cell: measured now, or by an earlier job in the same folder.
+
+        Args:
+          name: Name of the cell.
+          measure: Makes its rows, at least one.
+
+        Returns:
+          The rows; a loss that is not finite is infinite.
+        """
+        rows = self._folder.cell(name)
+        if not rows:
+            started = time.time()
+            measured = list(measure())
+            seconds = time.time() - started
+            self._folder.finish_cell(name, ({**row, "seconds": seconds} for row in measured))
+            self._console.print(f"{name}: {seconds:.0f} s", highlight=False, soft_wrap=True)
+            rows = self._folder.cell(name)
+        return [row | {"loss": math.inf} if row.get("loss", 0.0) is None else row for row in rows]
+
+
+def losses(rows: Iterable[Row], **where: Any) -> list[float]:
+    """The losses of the rows with the given values."""
+    return [row["loss"] for row in rows if all(row[key] == value for key, value in where.items())]
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean; infinite if one of them is."""
+    return statistics.fmean(values)
+
+
+def with_spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds, for a reader."""
+    if not all(map(math.isfinite, values)):
+        return "diverged"
+    if len(values) < 2:
+        return f"{values[0]:.3f}"
+    return f"{mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+def difference(value: float, limit: float = math.inf) -> str:
+    """A difference for a reader; bold where it is above its limit."""
+    text = f"{value:+.3f}" if math.isfinite(value) else "diverged"
+    return text if value <= limit else f"**{text}**"
+
+
+def best_rate(rows: Iterable[Row], rates: Sequence[float]) -> float:
+    """The learning rate with the lowest mean loss."""
+    rows = list(rows)
+    return min(rates, key=lambda rate: mean(losses(rows, rate=rate)))
+
+
+def at_multiple(rate: float, multiple: float) -> float:
+    """The product to nine digits: 3 * 3e-3 is 0.009 to a reader, and the same float32."""
+    return float(f"{rate * multiple:.9g}")

@@ -1,0 +1,116 @@
+"""The three language-model tasks of the suites `quality` and `study`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from experiments.data import crop_batch, heldout_windows, python_manual, split, standard_library
+from experiments.lora import add_lora
+from experiments.models.decoder import Decoder
+from experiments.presets import BenchPreset
+from experiments.pretrain import pretrained
+from experiments.train import next_token_loss
+
+TASKS = ("lora", "scratch", "full")
+"""LoRA fine-tune of the pretrained base, training from random values, full fine-tune of the base;
+all three on the Python manual."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Something to minimise, as pure functions that vmap."""
+
+    name: str
+    """Name in tables."""
+    init: Callable[[jax.Array], Any]
+    """From a random key to the parameters."""
+    loss: Callable[[Any, jax.Array], jax.Array]
+    """From the parameters and tokens of shape (b, t + 1) to the loss in nats."""
+    tokens: jax.Array
+    """What is trained on, integers of shape (n,)."""
+    windows: jax.Array
+    """What is held out, int32 of shape (m, b, t + 1)."""
+    batch_size: int
+    """Sequences per step."""
+    seq_len: int
+    """Predicted tokens per sequence."""
+
+    def batch(self, key: jax.Array) -> jax.Array:
+        """The tokens of one step, int32 of shape (b, t + 1)."""
+        return crop_batch(self.tokens, key, self.batch_size, self.seq_len)
+
+    def evaluate(self, params: Any) -> jax.Array:
+        """The held-out loss in nats."""
+        return jax.lax.map(lambda tokens: self.loss(params, tokens), self.windows).mean()
+
+
+def language_tasks(preset: BenchPreset, names: tuple[str, ...] = TASKS) -> dict[str, Task]:
+    """Makes the tasks of a preset; pretrains their base where one of them needs it.
+
+    Args:
+      preset: The size.
+      names: Which tasks, from `TASKS`.
+
+    Returns:
+      Name -> task.
+    """
+    tokens, heldout = split(python_manual(), preset.seq_len)
+    windows = heldout_windows(
+        heldout, preset.seq_len, preset.heldout_windows, preset.heldout_windows
+    )
+    base = None
+    if set(names) - {"scratch"}:
+        base = pretrained(
+            preset.model, "float32", preset.seq_len, preset.pretrain, standard_library()
+        )
+    makers = {"lora": _lora, "scratch": _scratch, "full": _full}
+    return {
+        name: Task(
+            name,
+            *makers[name](preset, base),
+            jnp.asarray(tokens),
+            jnp.asarray(windows),
+            preset.batch_size,
+            preset.seq_len,
+        )
+        for name in names
+    }
+
+
+def _scratch(preset: BenchPreset, base: nnx.Module | None):
+    return _trainable(lambda key: Decoder(preset.model, rngs=nnx.Rngs(key)), nnx.Param)
+
+
+def _full(preset: BenchPreset, base: nnx.Module):
+    graphdef, state = nnx.split(base)
+    return _trainable(lambda key: nnx.merge(graphdef, state), nnx.Param)
+
+
+def _lora(preset: BenchPreset, base: nnx.Module):
+    graphdef, state = nnx.split(base)
+
+    def make(key):
+        model = nnx.merge(graphdef, state)
+        return add_lora(model, preset.lora_rank, preset.lora_alpha, rngs=nnx.Rngs(key))
+
+    return _trainable(make, nnx.LoRAParam)
+
+
+def _trainable(make: Callable[[jax.Array], nnx.Module], kind: type):
+    """The `init` and `loss` of a task whose parameters are the variables of one kind."""
+    graphdef, _, frozen = nnx.split(make(jax.random.key(0)), kind, ...)
+
+    def init(key):
+        _, params, _ = nnx.split(make(key), kind, ...)
+        return params
+
+    def loss(params, tokens_bt):
+        return next_token_loss(graphdef, params, frozen, tokens_bt)
+
+    return init, loss
