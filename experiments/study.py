@@ -1,0 +1,217 @@
+"""The suite `study`: which part of the guard does what, and how much each constant matters."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lbw_optax
+from experiments.bench import Bench, Findings, Row, Table, difference, losses, mean, with_spread
+from experiments.errors import UserError
+from experiments.faults import drills
+from experiments.methods import adamw
+from experiments.presets import STUDY_PRESETS, bench_preset
+from experiments.quality import job_config, publish
+from experiments.results import Results
+from experiments.sections.stress import adamw_best_rate
+from experiments.sweep import sweep
+from experiments.tasks import TASKS
+
+MULTIPLES = (1, 10, 100)
+"""Learning rates, in units of AdamW's best."""
+
+FAULTS = ("gradient x1e6, 3 steps", "learning rate x30, 50 steps")
+"""Faults at AdamW's best learning rate, from `drills`."""
+
+DEFAULTS = "defaults"
+
+OFF = 1e9
+"""A threshold that is never reached."""
+
+SWITCHED_OFF: dict[str, dict[str, float]] = {
+    "no envelope": {"relative_step": OFF, "relative_step_start": OFF},
+    "no overshoot, only envelope": {
+        "stress_noise": OFF,
+        "backtrack_noise": OFF,
+        "jump_overshoot": OFF,
+        "earned_most": 1.0,
+        "earned_least": 1.0,
+    },
+    "no suspicion from overshoot": {"stress_noise": OFF},
+    "no gradient spike test, so no hold of finite gradients": {"spike_ratio": OFF},
+    "no jump and no collapse test": {"jump_noise": OFF},
+    "no backtrack for overshoot": {"backtrack_noise": OFF},
+    "no backtrack at all": {"backtrack_noise": OFF, "jump_noise": OFF},
+    "no growth of the trust radius": {"trust_straight": OFF},
+    "no earned growth": {"earned_most": 1.0},
+    "no earned annealing": {"earned_least": 1.0},
+    "no slack of the latch": {"slack": 0.999},
+}
+"""Row -> the constants of `Law` that switch a sensor or an action off."""
+
+SCALED = (
+    "relative_step",
+    "relative_step_start",
+    "growth",
+    "slack",
+    "share",
+    "earned_most",
+    "earned_least",
+    "horizon",
+    "stress_noise",
+    "spike_ratio",
+)
+"""Constants of `Law` that are halved and doubled."""
+
+
+class Setting(NamedTuple):
+    """What is not a number, and so is a program of its own."""
+
+    arguments: dict[str, Any]
+    """Arguments of `guard`."""
+    give_loss: bool = True
+    """Whether the guard is given the loss."""
+
+
+SETTINGS = {
+    "no loss given": Setting({}, give_loss=False),
+    "no scaling": Setting({"min_scale": 1.0}),
+    'memory="none"': Setting({"memory": "none"}),
+    'memory="sparse"': Setting({"memory": "sparse"}),
+}
+"""Row -> setting; every other row has `memory="step"`."""
+
+
+def study(
+    preset: str = "nano",
+    tasks: tuple[str, ...] = TASKS,
+    results: Path = Path("results"),
+    fresh: bool = False,
+) -> None:
+    """Switches the guard's sensors and actions off one by one, and halves and doubles constants.
+
+    Run the same command again to go on with an interrupted job; cells that are finished are reused.
+
+    Args:
+      preset: Size of the job: nano or pico, both for two CPU cores.
+      tasks: What to measure on: any of lora, scratch, full.
+      results: Folder for the results; the job writes to study/PRESET in it.
+      fresh: Start over, dropping the results of an earlier job in that folder.
+    """
+    for name in tasks:
+        if name not in TASKS:
+            raise UserError(f"--tasks {name}: unknown; choose from {', '.join(TASKS)}")
+    settings = bench_preset(STUDY_PRESETS, preset)
+    laws = law_variants()
+    folder = Results(results / "study" / preset, job_config("study", preset, settings), fresh=fresh)
+    bench = Bench(settings, folder)
+    found = [_of_task(bench, task, laws) for task in tasks]
+    publish(folder, "Ablations and sensitivities", preset, found, {})
+
+
+def law_variants() -> dict[str, dict[str, float]]:
+    """Row of the tables -> the constants of `Law` that differ from the defaults.
+
+    Raises:
+      UserError: If `Law` has no such constant.
+    """
+    variants = {DEFAULTS: {}, **SWITCHED_OFF}
+    known = {field.name: field.default for field in dataclasses.fields(lbw_optax.Law)}
+    unknown = {name for changes in variants.values() for name in changes} | set(SCALED)
+    unknown -= known.keys()
+    if unknown:
+        raise UserError(f"study: Law has no field {', '.join(sorted(unknown))}")
+    for name in SCALED:
+        for factor in (0.5, 2):
+            # A factor per step: what is halved is its distance from 1.
+            value = 1 + (known[name] - 1) * factor if name == "growth" else known[name] * factor
+            variants[f"{name} x{factor:g}"] = {name: value}
+    for changes in variants.values():
+        dataclasses.replace(lbw_optax.Law(), **changes)  # Raises where a value is out of range.
+    return variants
+
+
+def law_of_numbers(changes: Mapping[str, Any]) -> lbw_optax.Law:
+    """A law whose changed constants may be traced, so that one program runs all variants.
+
+    Args:
+      changes: Constants of `Law`, already checked by `law_variants`.
+
+    Returns:
+      The law. `dataclasses.replace` would check the values, which a traced one does not have.
+    """
+    law = copy.copy(lbw_optax.Law())
+    for name, value in changes.items():
+        object.__setattr__(law, name, value)
+    return law
+
+
+def _of_task(bench: Bench, task: str, laws: dict[str, dict[str, float]]) -> Findings:
+    best = adamw_best_rate(bench, task)
+    plain = bench.cell(f"study/{task}/AdamW", lambda: _rows(bench, task, best, adamw, None, {}))
+    # Every variant gives a value for every constant that one of them changes.
+    changed = dict.fromkeys(name for changes in laws.values() for name in changes)
+    base = {name: getattr(lbw_optax.Law(), name) for name in changed}
+    extras = {name: (base | changes,) for name, changes in laws.items()}
+
+    def with_law(rate, changes):
+        return lbw_optax.guard(adamw(rate), law=law_of_numbers(changes))
+
+    rows = bench.cell(f"study/{task}/laws", lambda: _rows(bench, task, best, with_law, extras, {}))
+    for name, setting in SETTINGS.items():
+
+        def with_setting(rate, setting=setting):
+            return lbw_optax.guard(adamw(rate), **setting.arguments)
+
+        given = {"give_loss": setting.give_loss}
+        rows = rows + bench.cell(
+            f"study/{task}/{name}",
+            lambda name=name, with_setting=with_setting, given=given: _rows(
+                bench, task, best, with_setting, {name: ()}, given
+            ),
+        )
+    return Findings([*plain, *rows], [_table(task, best, plain, rows)], [])
+
+
+def _rows(
+    bench: Bench, task: str, best: float, make_tx: Any, extras: Any, given: dict[str, Any]
+) -> list[Row]:
+    p = bench.preset
+    named = drills(p.steps)
+    rates = {float(f"{best * m:.9g}"): f"{m}x" for m in MULTIPLES}
+    common = (bench.task(task), make_tx, p.steps)
+    healthy = sweep(*common, list(rates), p.seeds, extras=extras, **given)
+    faulty = sweep(
+        *common, [best], p.seeds, faults={f: named[f] for f in FAULTS}, extras=extras, **given
+    )
+    return [
+        *({**row, "column": rates[row["rate"]]} for row in healthy),
+        *({**row, "column": row["fault"]} for row in faulty),
+    ]
+
+
+def _table(task: str, best: float, plain: list[Row], rows: list[Row]) -> Table:
+    columns = [f"{m}x" for m in MULTIPLES] + list(FAULTS)
+    base = {column: losses(rows, extra=DEFAULTS, column=column) for column in columns}
+    lines = [
+        ["AdamW", *(with_spread(losses(plain, column=column)) for column in columns), ""],
+        [f"guard, {DEFAULTS}", *(with_spread(base[column]) for column in columns), ""],
+    ]
+    for name in dict.fromkeys(row["extra"] for row in rows):
+        if name == DEFAULTS:
+            continue
+        deltas = [
+            mean(losses(rows, extra=name, column=column)) - mean(base[column]) for column in columns
+        ]
+        worst = max(deltas, key=lambda d: abs(d) if math.isfinite(d) else math.inf)
+        lines.append([name, *map(difference, deltas), difference(worst)])
+    return Table(
+        f"Study, {task} (1x = {best:g})",
+        ["guard", *columns, "largest change"],
+        lines,
+        "Held-out loss in nats; below the second row, the difference from the defaults.",
+    )
