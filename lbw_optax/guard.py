@@ -74,7 +74,8 @@ def guard(
       inner: any optax transformation that ends in a step (a complete optimizer).
       memory: what is kept of the last applied step. ``"step"`` keeps all of it (as much memory as
         the parameters): exact overshoot, and the step can be undone. ``"sparse"`` keeps a sample
-        (at most 1/8): overshoot is sensed, nothing can be undone. ``"none"`` keeps nothing.
+        (1/16, small leaves whole): overshoot is sensed, nothing can be undone. ``"none"`` keeps
+        nothing.
       min_scale: lowest scale, in [1e-9, 1].
       relative_step_limit: longest step over the parameters' norm, whatever the sensors say, in
         [1e-6, 1e6].
@@ -250,7 +251,7 @@ def _check(inner, mode, min_scale, relative_step_limit, max_rejections, log_size
             raise ValueError(f"guard: {name} must be in [{low:g}, {high:g}], got {number!r}")
     for name, count in (("max_rejections", max_rejections), ("log_size", log_size)):
         if not (_is_number(count, numbers.Integral) and count >= 1):
-            raise ValueError(f"guard: {name} must be an integer of at least 1, got {count!r}")
+            raise ValueError(f"guard: {name} must be an integer in [1, inf), got {count!r}")
     if not isinstance(law, Law):
         raise ValueError(f"guard: law must be a lbw_optax.Law, got {law!r}")
 

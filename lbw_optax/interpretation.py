@@ -20,13 +20,14 @@ class Regime(enum.IntEnum):
     SPIKE = 2
     """This observation is bad: it is held back or the last step is undone."""
     RECOVERY = 3
-    """The alarm is over: the scale returns to 1 before the run counts as stable."""
+    """The alarm or the stress is over: the scale returns to 1 before the run counts as stable."""
 
 
 class Cause(enum.IntEnum):
     """Why the guard acted; the strongest cause of a step comes first."""
 
     NONE = 0
+    """Nothing is wrong; an event with this cause is a mere switch of the regime."""
     NONFINITE_GRADIENT = 1
     """NaN, Inf or a norm beyond float32 in the gradients."""
     NONFINITE_LOSS = 2

@@ -23,15 +23,15 @@ _FACTORS = ("growth", "release", "rise_limit", "trust_growth", "collapse_ratio",
 class Law:
     """What the sensors call unusual and how the policy answers.
 
-    The defaults are one set for every task, chosen in the study of `docs/study.md`; a user has no
-    reason to change them. An infinite threshold switches its sensor off, which is how the ablations
-    of the study are made. Ratios and scales are dimensionless, decays are per step.
+    The defaults are one set for every task, chosen in the study of `docs/benchmarks.md`; a user has
+    no reason to change them. An infinite threshold switches its sensor off, which is how the
+    ablations of the study are made. Ratios and scales are dimensionless, decays are per step.
     """
 
     # Envelope: how long a healthy step is.
     relative_step: float = 0.01
     """Longest healthy step over the parameters' norm, in the long run. AdamW's best learning rate
-    takes 0.3 to 0.8 % there on small decoders, with LoRA or without."""
+    takes 0.3 to 1 % there on small decoders, with LoRA or without."""
     relative_step_start: float = 0.03
     """The same for the first step, where Adam's step is a sign: later ones are about 4 times
     shorter because its first moment averages the noise away."""

@@ -3,7 +3,7 @@
 | mode | extra memory | what it allows |
 |---|---|---|
 | `"none"` | none | no overshoot sensed, nothing undone |
-| `"sparse"` | at most 1/8 of the parameters | overshoot sensed on a sample, nothing undone |
+| `"sparse"` | 1/16 of the parameters | overshoot sensed on a sample, nothing undone |
 | `"step"` | as much as the parameters | overshoot is exact, the last step can be undone |
 """
 

@@ -78,10 +78,12 @@ class Envelope(NamedTuple):
     """How long a step may be.
 
     Attributes:
-      healthy: longest step that raises no suspicion.
+      relative: longest healthy step for parameters of this size.
+      healthy: longest step that raises no suspicion; more than `relative` if it has proved safe.
       hard: longest step of all.
     """
 
+    relative: jax.Array  # shape=(), dtype=float32
     healthy: jax.Array  # shape=(), dtype=float32
     hard: jax.Array  # shape=(), dtype=float32
 
@@ -132,7 +134,7 @@ def envelope(
     number = jnp.finfo(jnp.float32)
     if not has_params:
         unbounded = jnp.full([], number.max, jnp.float32)
-        return Envelope(unbounded, unbounded)
+        return Envelope(unbounded, unbounded, unbounded)
     t = telemetry
     start = (
         law.relative_step_start * (observations.astype(jnp.float32) + 1) ** -law.relative_step_power
@@ -141,7 +143,11 @@ def envelope(
     hard = limits.relative_step_limit * jnp.maximum(t.parameter_norm, jnp.sqrt(t.size))
     hard = jnp.clip(hard, number.tiny, number.max)
     healthy = jnp.maximum(relative, _trust_radius(controller, t, law))
-    return Envelope(healthy=jnp.clip(healthy, number.tiny, hard), hard=hard)
+    return Envelope(
+        relative=jnp.minimum(relative, hard),
+        healthy=jnp.clip(healthy, number.tiny, hard),
+        hard=hard,
+    )
 
 
 def _trust_radius(controller: Controller, telemetry: Telemetry, law: Law) -> jax.Array:
@@ -159,21 +165,28 @@ def _least_radius(telemetry: Telemetry, law: Law) -> jax.Array:
 
 
 def _next_trust_radius(
-    controller: Controller, telemetry: Telemetry, bound: jax.Array, undone: jax.Array, law: Law
+    controller: Controller,
+    telemetry: Telemetry,
+    bounds: Envelope,
+    bound: jax.Array,
+    harm: jax.Array,
+    law: Law,
 ) -> jax.Array:
     """Grows the radius while the slope hardly changes along a step, shrinks it where it does."""
     c, t = controller, telemetry
     radius = _trust_radius(c, t, law)
     least = _least_radius(t, law)
-    wide_open = radius >= jnp.finfo(jnp.float32).max
     start, end = -c.last_slope, -t.overshoot
     straight = (start > 0) & (end > law.trust_straight * start)
     curved = end < law.trust_curved * start
     grown = jnp.where(bound & straight, radius * law.trust_growth, radius)
     shrunk = jnp.maximum(radius / law.trust_growth, least)
     learned = jnp.where(curved, shrunk, jnp.minimum(grown, jnp.finfo(jnp.float32).max / 4))
-    closed = jnp.maximum(c.last_length / law.trust_growth, least)
-    return jnp.where(wide_open, jnp.where(undone, closed, radius), learned)
+    # Parameters without a size: open until a step did harm or the parameters have outgrown them.
+    wide_open = radius >= jnp.finfo(jnp.float32).max
+    outgrown = (t.step_norm > 0) & (t.step_norm <= bounds.relative)
+    closed = jnp.maximum(jnp.where(harm, c.last_length / law.trust_growth, t.step_norm), least)
+    return jnp.where(wide_open, jnp.where(harm | outgrown, closed, radius), learned)
 
 
 def decide(
@@ -274,10 +287,10 @@ def decide(
     # An empty step (a micro-batch that is only accumulated) leaves the last one as it was.
     moved = taken & (t.step_norm > 0)
     bound = stressed & (c.applied_scale < 1)
-    radius = _next_trust_radius(c, t, bound, undone, law)
-    learned = undone | (taken & ~nonfinite)
+    radius = _next_trust_radius(c, t, bounds, bound, harm | undone, law)
+    learned = undone | (moved & ~nonfinite)
     next_controller = Controller(
-        applied_scale=jnp.select([undone, taken], [cut, scale], c.applied_scale),
+        applied_scale=jnp.select([undone, moved | exhausted], [cut, scale], c.applied_scale),
         latch=jnp.where(learned | exhausted, latch, c.latch),
         earned=jnp.where(learned, earned, c.earned),
         trust_radius=jnp.where(learned, radius, c.trust_radius),
