@@ -193,7 +193,7 @@ def _byte_decoder(width: int, layers: int, seq_len: int) -> DecoderConfig:
     )
 
 
-def _half_decades(decade: int, count: int) -> tuple[float, ...]:
+def half_decades(decade: int, count: int) -> tuple[float, ...]:
     """3 x 10^decade, 10 x 10^decade, 30 x 10^decade, ..."""
     return tuple(float(f"{3 - 2 * (i % 2)}e{decade + (i + 1) // 2}") for i in range(count))
 
@@ -213,7 +213,7 @@ def quality_nano() -> BenchPreset:
         batch_size=8,
         steps=300,
         seeds=(0, 1, 2),
-        rates=_half_decades(-4, 9),
+        rates=half_decades(-4, 9),
     )
 
 
@@ -232,7 +232,7 @@ def quality_pico() -> BenchPreset:
         batch_size=8,
         steps=300,
         seeds=(0, 1, 2),
-        rates=_half_decades(-4, 9),
+        rates=half_decades(-4, 9),
     )
 
 

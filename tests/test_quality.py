@@ -79,8 +79,9 @@ def tiny(monkeypatch):
     few = {name: stress.PEERS[name] for name in ("AdamW", "Prodigy", "guard(AdamW)")}
     monkeypatch.setattr(stress, "PEERS", few)
     monkeypatch.setattr(quality, "PEERS", few)
-    monkeypatch.setattr(drills, "VARIANTS", {"batch x4": drills.VARIANTS["batch x4"]})
-    monkeypatch.setattr(optimizers, "INNER", {"Lion": (optax.lion, (1e-3, 1e-2))})
+    monkeypatch.setattr(idle, "BATCH_DIVISORS", (1,))
+    monkeypatch.setattr(drills, "VARIANTS", {})
+    monkeypatch.setattr(optimizers, "INNER", {"Lion": (optax.lion, (1e-3, 1e-2, 1e-1))})
     name = "scalar from 0 to 1"
     few = {"adam": optax.adam(1e-2)}
     problem = problems.PROBLEMS[name]()._replace(optimizers=few)
