@@ -199,17 +199,17 @@ def half_decades(decade: int, count: int) -> tuple[float, ...]:
 
 
 def quality_nano() -> BenchPreset:
-    """A 63k-parameter byte model, for two CPU cores.
+    """A 63k-parameter byte model with two layers, for two CPU cores.
 
     Command: `python -m experiments quality`
     Hardware: CPU, 2 GB of memory, no download.
     """
     return BenchPreset(
-        model=_byte_decoder(48, 2, 48),
+        model=_byte_decoder(48, 2, 32),
         pretrain=PretrainConfig(
             steps=1500, batch_size=16, learning_rate=3e-3, chunk_steps=50, checkpoint_steps=1500
         ),
-        seq_len=48,
+        seq_len=32,
         batch_size=8,
         steps=300,
         seeds=(0, 1, 2),
@@ -218,7 +218,7 @@ def quality_nano() -> BenchPreset:
 
 
 def quality_pico() -> BenchPreset:
-    """A 15k-parameter byte model with one layer: a look at everything in a third of the time.
+    """A 20k-parameter byte model with one layer, for a first look at everything.
 
     Command: `python -m experiments quality --preset pico`
     Hardware: CPU, 1 GB of memory, no download.

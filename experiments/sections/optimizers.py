@@ -29,10 +29,10 @@ TOLERANCE = 0.1
 """Nats that the guarded run may end above the optimizer's best."""
 
 INNER: dict[str, tuple[Callable[[Any], optax.GradientTransformation], tuple[float, ...]]] = {
-    "SGD + momentum": (lambda rate: optax.sgd(rate, momentum=0.9), half_decades(-3, 6)),
-    "Lion": (optax.lion, half_decades(-5, 6)),
-    "Adafactor": (optax.adafactor, half_decades(-3, 6)),
-    "Muon": (contrib.muon, half_decades(-4, 6)),
+    "SGD + momentum": (lambda rate: optax.sgd(rate, momentum=0.9), half_decades(-3, 7)),
+    "Lion": (optax.lion, half_decades(-5, 7)),
+    "Adafactor": (optax.adafactor, half_decades(-3, 7)),
+    "Muon": (contrib.muon, half_decades(-4, 7)),
 }
 """Name -> optimizer, and learning rates half a decade apart: its best is among all but the last
 two, so that ten times that is among them too."""
