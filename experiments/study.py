@@ -34,6 +34,12 @@ OFF = 1e9
 
 SWITCHED_OFF: dict[str, dict[str, float]] = {
     "no envelope": {"relative_step": OFF, "relative_step_start": OFF},
+    "no envelope, no backtrack": {
+        "relative_step": OFF,
+        "relative_step_start": OFF,
+        "backtrack_noise": OFF,
+        "jump_noise": OFF,
+    },
     "no overshoot, only envelope": {
         "stress_noise": OFF,
         "backtrack_noise": OFF,
