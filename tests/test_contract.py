@@ -258,7 +258,7 @@ def test_idle_is_identical_to_the_inner_alone_with_mixed_dtypes(name):
     assert report(at(states, -1)).control_active_steps == 0
     assert bits(got) == bits(expected)
     if name == "multi_steps_outside":
-        # MultiSteps multiplies the steps between two whole ones with 0: only the zero's sign is left
+        # MultiSteps multiplies the steps between two whole ones with 0: only the sign is left
         # of what the transformation inside it made of a half-filled accumulator.
         steps, plain_steps = (jax.tree.map(lambda x: x + 0, s) for s in (steps, plain_steps))
     assert bits(steps) == bits(plain_steps)
