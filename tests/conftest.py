@@ -1,11 +1,16 @@
-"""Settings of every test: eight CPU devices, no silent broadcasting, small repeatable examples."""
+"""Settings of every test: eight CPU devices, small repeatable examples.
+
+Tests of the core also run without silent broadcasting between ranks; the experiments use it.
+"""
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_numpy_rank_promotion", "raise")
+
+EXPERIMENTS = ("test_models", "test_lora", "test_data", "test_lr_stress", "test_quality")
 
 hypothesis.settings.register_profile(
     "repeatable",
@@ -16,3 +21,11 @@ hypothesis.settings.register_profile(
     database=None,
 )
 hypothesis.settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def rank_promotion(request):
+    """Refuses silent broadcasting in the tests of the core."""
+    allowed = request.module.__name__.rsplit(".")[-1] in EXPERIMENTS
+    with jax.numpy_rank_promotion("allow" if allowed else "raise"):
+        yield
