@@ -274,7 +274,7 @@ def test_init_from_shapes(name):
     assert types(jax.eval_shape(guarded(name).init, shapes)) == types(guarded(name).init(p))
     try:
         bare(name).init(shapes)
-    except Exception:
+    except (AttributeError, TypeError):
         pytest.skip("Optax: the inner optimizer cannot be initialised from shapes")
     assert types(guarded(name).init(shapes)) == types(guarded(name).init(p))
 
