@@ -12,19 +12,11 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from experiments.presets import BenchPreset
+from experiments.report import Table
 from experiments.results import Results
 from experiments.tasks import Task, language_tasks
 
 Row = dict[str, Any]
-
-
-class Table(NamedTuple):
-    """A table of the report."""
-
-    title: str
-    heading: list[str]
-    rows: list[list[str]]
-    note: str = ""
 
 
 class Bar(NamedTuple):

@@ -7,6 +7,7 @@ transformation. To compare another one, add it to `METHODS`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,9 @@ from optax import contrib
 
 import lbw_optax
 from experiments import peers
+
+Method = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
+"""From the learning rate to an optimizer."""
 
 REGIMES = tuple(regime.name for regime in lbw_optax.Regime)
 """Names of the integers in `GuardState.regime`."""
@@ -42,7 +46,7 @@ def guard(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation
     return lbw_optax.guard(adamw(learning_rate), log_size=LOG_SIZE)
 
 
-METHODS: dict[str, Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]] = {
+METHODS: dict[str, Method] = {
     "AdamW": adamw,
     "AdamW + clip": adamw_clip,
     "guard(AdamW)": guard,
@@ -70,7 +74,7 @@ def reduce_on_plateau(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTr
 RATE_FREE = ("Prodigy", "D-Adapt AdamW")
 """Methods that set their own learning rate."""
 
-PEERS: dict[str, Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]] = {
+PEERS: dict[str, Method] = {
     ADAMW: adamw,
     "AdamW + clip": adamw_clip,
     "ZClip": lambda learning_rate: optax.chain(peers.zclip(), adamw(learning_rate)),
@@ -83,6 +87,55 @@ PEERS: dict[str, Callable[[optax.ScalarOrSchedule], optax.GradientTransformation
     GUARD: lambda learning_rate: lbw_optax.guard(adamw(learning_rate)),
 }
 """Name -> method, of the suite `quality`; the guard with its defaults, as a user has it."""
+
+
+def warmup_cosine(
+    learning_rate: optax.ScalarOrSchedule, steps: int
+) -> optax.GradientTransformation:
+    """AdamW with the usual schedule: warmup over a tenth of the steps, then a cosine to a tenth."""
+    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 10, steps, end_value=0.1)
+    return adamw(_shaped(learning_rate, shape))
+
+
+def lower(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """AdamW at a tenth of the learning rate: what a user tries first."""
+    return adamw(_shaped(learning_rate, lambda step: 0.1))
+
+
+def baselines(steps: int) -> dict[str, Method]:
+    """Every method that the suites compare.
+
+    Args:
+      steps: Length of the runs, for schedules.
+
+    Returns:
+      Name -> method; AdamW first, the guard last.
+    """
+    return {
+        ADAMW: adamw,
+        "AdamW, LR / 10": lower,
+        "AdamW, warmup + cosine": functools.partial(warmup_cosine, steps=steps),
+        **{name: method for name, method in PEERS.items() if name not in (ADAMW, GUARD)},
+        "schedule-free AdamW": contrib.schedule_free_adamw,
+        "MoMo-Adam": contrib.momo_adam,
+        GUARD: guard,
+    }
+
+
+def evaluated(opt_state: Any, params: Any) -> Any:
+    """The parameters that are evaluated: schedule-free training has others than it steps with."""
+    if optax.tree.get(opt_state, "z") is None:
+        return params
+    return contrib.schedule_free_eval_params(opt_state, params)
+
+
+def _shaped(
+    learning_rate: optax.ScalarOrSchedule, shape: Callable[[jax.Array], Any]
+) -> optax.Schedule:
+    """The product of a learning rate, or a schedule of it, and a schedule."""
+    if callable(learning_rate):
+        return lambda step: learning_rate(step) * shape(step)
+    return lambda step: learning_rate * shape(step)
 
 
 def pretraining(learning_rate: optax.ScalarOrSchedule, steps: int) -> optax.GradientTransformation:

@@ -1,23 +1,33 @@
-"""The table of a learning-rate sweep, on the terminal and in `report.md`."""
+"""Tables and reports, on the terminal and in `report.md`."""
 
 from __future__ import annotations
 
 import math
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import rich.table
 from rich.console import Console
-from rich.table import Table
 
-GUARD_COLUMNS = {
-    "guard_control_active_steps": "active steps",
-    "guard_min_scale_seen": "min scale",
-    "guard_backtracks": "backtracks",
-    "guard_held_steps": "held",
-    "guard_regime_switches": "switches",
-    "guard_regime": "last regime",
-}
-"""Key of a guarded run's record -> heading of its column."""
+from experiments.results import Results
+
+
+class Table(NamedTuple):
+    """A table of a report.
+
+    Attributes:
+      title: What it shows.
+      heading: Names of the columns.
+      rows: The rows, as text.
+      note: What a reader needs to know to read it.
+    """
+
+    title: str
+    heading: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
 
 
 def number(value: Any) -> str:
@@ -29,56 +39,72 @@ def number(value: Any) -> str:
     return f"{value:.3g}" if value < 0.1 or value >= 1000 else f"{value:.2f}"
 
 
-def perplexity_rows(
-    curves: Mapping[str, Sequence[tuple[float, float]]], multiples: Sequence[float]
-) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows of perplexity by learning rate (down) and method (across).
+def guard_table(records: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What the guard did in each run.
 
     Args:
-      curves: Method -> its (learning rate, perplexity) points.
-      multiples: The learning rates in units of the reference.
+      records: Label -> the record of a guarded run.
 
     Returns:
-      The heading, and the rows, all as text.
+      The table, a row per run.
     """
-    rates = [rate for rate, _ in next(iter(curves.values()))]
+    columns = {
+        "guard_control_active_steps": "active steps",
+        "guard_min_scale_seen": "min scale",
+        "guard_backtracks": "backtracks",
+        "guard_held_steps": "held",
+        "guard_regime_switches": "switches",
+        "guard_regime": "last regime",
+    }
     rows = [
-        [f"{multiple:g}x", f"{rate:g}", *(number(points[i][1]) for points in curves.values())]
-        for i, (multiple, rate) in enumerate(zip(multiples, rates, strict=True))
+        [label, *(number(record[field]) for field in columns)] for label, record in records.items()
     ]
-    return ["LR", "learning rate", *curves], rows
+    return Table("What the guard did", ["run", *columns.values()], rows)
 
 
-def guard_rows(
-    records: Sequence[Mapping[str, Any]], multiples: Sequence[float]
-) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows of what the guard did.
+def write_report(
+    folder: Results,
+    title: str,
+    question: str,
+    tables: Sequence[Table],
+    pictures: Mapping[str, bytes],
+    made: Sequence[str] = (),
+) -> None:
+    """Writes pictures and `report.md`, and prints the tables.
 
     Args:
-      records: The records of the guarded runs, by learning rate.
-      multiples: The learning rates in units of the reference.
-
-    Returns:
-      The heading, and the rows, all as text.
+      folder: Where to.
+      title: Heading of the report.
+      question: What the suite asks, in Markdown.
+      tables: What came out.
+      pictures: File name -> PNG file.
+      made: How the report was made besides the command, a point each.
     """
-    rows = [
-        [f"{multiple:g}x", *(number(record[field]) for field in GUARD_COLUMNS)]
-        for multiple, record in zip(multiples, records, strict=True)
-    ]
-    return ["LR", *GUARD_COLUMNS.values()], rows
+    for name, picture in pictures.items():
+        folder.write(name, picture)
+    parts = [f"# {title}", question, *(f"![{name}]({name})" for name in pictures)]
+    for table in tables:
+        parts += [f"## {table.title}", _markdown(table)]
+        if table.note:
+            parts.append(table.note)
+    command = f"command: `python -m experiments {shlex.join(sys.argv[1:])}`"
+    parts += ["## How it was made", "\n".join(f"- {point}" for point in (command, *made))]
+    folder.write("report.md", "\n\n".join(parts) + "\n")
+    console = Console()
+    for table in tables:
+        _print(console, table)
+    console.print(f"report, pictures and logs: {folder.folder}", soft_wrap=True)
 
 
-def print_table(console: Console, title: str, heading: list[str], rows: list[list[str]]) -> None:
-    """Prints a table to the terminal."""
-    table = Table(title=title, title_justify="left")
-    for name in heading:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+def _print(console: Console, table: Table) -> None:
+    shown = rich.table.Table(title=table.title, title_justify="left")
+    for name in table.heading:
+        shown.add_column(name, justify="right")
+    for row in table.rows:
+        shown.add_row(*row)
+    console.print(shown)
 
 
-def markdown_table(heading: list[str], rows: list[list[str]]) -> str:
-    """The same table in Markdown."""
-    lines = [heading, ["---:"] * len(heading), *rows]
+def _markdown(table: Table) -> str:
+    lines = [table.heading, ["---:"] * len(table.heading), *table.rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

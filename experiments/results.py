@@ -1,7 +1,8 @@
 """A results folder: what a suite has measured so far, safe against interruption.
 
 - `config.json`: all that the numbers depend on.
-- `metrics.jsonl`: one object per step; `null` stands for a number that is not finite.
+- `metrics.jsonl`: one object per step, and one per measurement of the held-out loss; `null` stands
+  for a number that is not finite.
 - `events.jsonl`: what the guard did, one object per event.
 - `runs.json`: one record per finished run.
 - `rows.jsonl`: for suites of many short runs, one object per run, whole cells at a time.
@@ -82,8 +83,13 @@ class Results:
         return [row for row in self._read_jsonl(_ROWS) if row["cell"] == cell]
 
     def metrics(self, run: str) -> list[dict[str, Any]]:
-        """The metrics of one run, in order."""
-        return [row for row in self._read_jsonl(_METRICS) if row["run"] == run]
+        """The metrics of the steps of one run, in order."""
+        return [row for row in self._read_jsonl(_METRICS) if row["run"] == run and "loss" in row]
+
+    def evaluations(self, run: str) -> list[dict[str, Any]]:
+        """The measurements of the held-out loss of one run, in order."""
+        rows = self._read_jsonl(_METRICS)
+        return [row for row in rows if row["run"] == run and "heldout_loss" in row]
 
     def write(self, name: str, content: str | bytes) -> None:
         """Replaces a file of the folder in one move."""

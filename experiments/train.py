@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,10 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments.checkpoint import Checkpoints
-from experiments.data import crop_batch
+from experiments.faults import Fault, rate_factor, spoil_batch, spoil_gradients
 from experiments.methods import guard_telemetry
+from experiments.models.loss import next_token_loss as model_loss
+from experiments.packing import Batch
 
 
 class TrainState(NamedTuple):
@@ -45,7 +47,17 @@ class Metrics(NamedTuple):
     guard: tuple[jax.Array, jax.Array] | None
 
 
-def next_token_loss(graphdef: nnx.GraphDef, params: Any, frozen: Any, tokens_bt: jax.Array):
+class Batches(Protocol):
+    """What is trained on: a pure function of the step, so that resuming needs no iterator."""
+
+    def chunk(self, step: int, count: int) -> Batch:
+        """The batches of `count` steps from `step` on, stacked on a new first axis."""
+        ...
+
+
+def next_token_loss(
+    graphdef: nnx.GraphDef, params: Any, frozen: Any, tokens_bt: jax.Array, segments_bt=None
+) -> jax.Array:
     """Mean cross-entropy in nats of each token given those before it.
 
     Args:
@@ -53,26 +65,25 @@ def next_token_loss(graphdef: nnx.GraphDef, params: Any, frozen: Any, tokens_bt:
       params: The part of the model's state that trains.
       frozen: The other part.
       tokens_bt: Token ids, int32 of shape (b, t + 1).
+      segments_bt: Document of each token, int32 of shape (b, t + 1); by default one per row.
 
     Returns:
       The loss, float32 of shape ().
     """
-    logits_btv = nnx.merge(graphdef, params, frozen)(tokens_bt[:, :-1])
-    losses_bt = optax.softmax_cross_entropy_with_integer_labels(logits_btv, tokens_bt[:, 1:])
-    return losses_bt.mean()
+    return model_loss(nnx.merge(graphdef, params, frozen), tokens_bt, segments_bt)
 
 
 class Trainer:
-    """Compiled training and evaluation of one model with one kind of optimizer.
+    """Compiled training of one model with one kind of optimizer.
 
-    The learning rate is an argument of the compiled step, so a sweep compiles once.
+    Learning rate and fault are arguments of the compiled step, so a sweep compiles once.
 
     Args:
       graphdef: The model's structure.
-      make_tx: Function from the learning rate to the optimizer.
-      batch_size: Sequences per step.
-      seq_len: Predicted tokens per sequence.
+      make_tx: Function from the learning rate, a scalar or (with a fault) a schedule, to the
+        optimizer.
       chunk_steps: Steps per call of the compiled function; it hides the cost of Python.
+      vocabulary: Number of token ids, for faults that draw random ones.
     """
 
     def __init__(
@@ -80,11 +91,11 @@ class Trainer:
         graphdef: nnx.GraphDef,
         make_tx: Callable[[Any], optax.GradientTransformation],
         *,
-        batch_size: int,
-        seq_len: int,
         chunk_steps: int,
+        vocabulary: int,
     ):
         self.chunk_steps = chunk_steps
+        self._compiled: dict[bool, Any] = {}
         loss_fn = functools.partial(next_token_loss, graphdef)
 
         @jax.jit
@@ -96,19 +107,27 @@ class Trainer:
             return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
         @functools.partial(jax.jit, donate_argnums=0)
-        def train_chunk(state, frozen, tokens, key, learning_rate):
-            tx = optax.with_extra_args_support(make_tx(learning_rate))
+        def train_chunk(state, frozen, batches, learning_rate, fault, key):
+            rate = learning_rate
+            if fault is not None:
+                rate = lambda step: learning_rate * rate_factor(fault, key, step)  # noqa: E731
+            tx = optax.with_extra_args_support(make_tx(rate))
 
-            def train_step(state, _):
-                step_key = jax.random.fold_in(key, state.step)
-                batch = crop_batch(tokens, step_key, batch_size, seq_len)
-                loss, grads = jax.value_and_grad(loss_fn)(state.params, frozen, batch)
+            def train_step(state, batch):
+                tokens = batch.tokens
+                if fault is not None:
+                    tokens = spoil_batch(fault, key, state.step, tokens, vocabulary)
+                loss, grads = jax.value_and_grad(loss_fn)(
+                    state.params, frozen, tokens, batch.segments
+                )
+                if fault is not None:
+                    loss, grads = spoil_gradients(fault, key, state.step, loss, grads)
                 updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
                 params = optax.apply_updates(state.params, updates)
                 metrics = Metrics(loss, optax.tree.norm(grads), guard_telemetry(opt_state))
                 return TrainState(state.step + 1, params, opt_state), metrics
 
-            return jax.lax.scan(train_step, state, length=chunk_steps)
+            return jax.lax.scan(train_step, state, batches)
 
         self._init = init
         self._train_chunk = train_chunk
@@ -121,66 +140,63 @@ class Trainer:
         self,
         state: TrainState,
         frozen: Any,
-        tokens: jax.Array,
-        key: jax.Array,
+        batches: Batches,
         learning_rate: float,
         *,
         steps: int,
-        checkpoints: Checkpoints,
-        checkpoint_steps: int,
         log: Callable[[int, Metrics], None],
-    ) -> TrainState:
+        save: Callable[[int, TrainState], None],
+        save_steps: int,
+        fault: Fault | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[TrainState, float]:
         """Trains to a number of steps, from the state's own step on.
 
         Args:
           state: Where to start: from `init`, or restored. Its buffers are consumed.
           frozen: The part of the model's state that does not train.
-          tokens: The text, integers of shape (n,).
-          key: Random key of the batches.
+          batches: What is trained on.
           learning_rate: Learning rate for `make_tx`.
           steps: Number of steps at the end, a multiple of `chunk_steps`.
-          checkpoints: Where the state is saved.
-          checkpoint_steps: How often, a multiple of `chunk_steps`; the last state is saved too.
           log: Called with the step before a chunk, and the chunk's metrics on the host.
+          save: Called with a step and the state after it.
+          save_steps: How often, a multiple of `chunk_steps`; the last state is saved too.
+          fault: What goes wrong.
+          key: Random key of the fault.
 
         Returns:
-          The state after `steps` steps.
+          The state after `steps` steps, and the seconds that the steps took, compilation and
+          saving excluded.
         """
-        learning_rate = jnp.asarray(learning_rate, jnp.float32)
-        pending: list[tuple[int, Metrics]] = []
+        rate = jnp.asarray(learning_rate, jnp.float32)
+        seconds, pending = 0.0, None
 
         def flush():
-            while pending:
-                step, metrics = pending.pop()
-                log(step, jax.tree.map(np.asarray, metrics))
+            nonlocal pending
+            if pending is not None:
+                log(pending[0], jax.tree.map(np.asarray, pending[1]))
+                pending = None
 
         for step in range(int(state.step), steps, self.chunk_steps):
-            state, metrics = self._train_chunk(state, frozen, tokens, key, learning_rate)
+            arguments = (state, frozen, batches.chunk(step, self.chunk_steps), rate, fault, key)
+            run = self._program(arguments)
+            started = time.perf_counter()
+            state, metrics = run(*arguments)
             # The chunk above runs while the metrics of the one before it are written.
             flush()
-            pending.append((step, metrics))
+            pending = (step, metrics)
             done = step + self.chunk_steps
-            if done % checkpoint_steps == 0 or done == steps:
+            jax.block_until_ready(metrics)
+            seconds += time.perf_counter() - started
+            if done % save_steps == 0 or done == steps:
                 # Logs first: a resumed run finds no metrics missing before its checkpoint.
                 flush()
-                checkpoints.save(done, state)
-        return state
+                save(done, state)
+        return state, seconds
 
-
-def make_evaluate(graphdef: nnx.GraphDef) -> Callable[[Any, Any, jax.Array], jax.Array]:
-    """Compiles the held-out loss.
-
-    Args:
-      graphdef: The model's structure.
-
-    Returns:
-      A function of (params, frozen, windows), with windows an int32 array of shape (m, b, t + 1),
-      that returns the mean loss in nats, float32 of shape ().
-    """
-
-    @jax.jit
-    def evaluate(params, frozen, windows):
-        loss_fn = functools.partial(next_token_loss, graphdef, params, frozen)
-        return jax.lax.map(loss_fn, windows).mean()
-
-    return evaluate
+    def _program(self, arguments: tuple) -> Callable[..., tuple[TrainState, Metrics]]:
+        """The compiled chunk, so that no step's time contains its compilation."""
+        faulty = arguments[-2] is not None
+        if faulty not in self._compiled:
+            self._compiled[faulty] = self._train_chunk.lower(*arguments).compile()
+        return self._compiled[faulty]

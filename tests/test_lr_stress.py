@@ -6,11 +6,11 @@ import math
 
 import jax
 import pytest
+from experiments.lr_stress import PLOTTED_MULTIPLE
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from experiments import plots, presets
 from experiments.__main__ import main
-from experiments.lr_stress import PLOTTED_MULTIPLE
 from experiments.models.config import DecoderConfig
 from experiments.results import Results
 

@@ -9,19 +9,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from experiments.bench import (
-    Bar,
-    Bench,
-    Findings,
-    Row,
-    Table,
-    difference,
-    losses,
-    mean,
-    with_spread,
-)
+from experiments.bench import Bar, Bench, Findings, Row, difference, losses, mean, with_spread
 from experiments.faults import drills
 from experiments.methods import adamw
+from experiments.report import Table
 from experiments.sections.stress import adamw_best_rate
 from experiments.sweep import sweep
 from lbw_optax import guard

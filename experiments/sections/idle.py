@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench import Bar, Bench, Findings, Row, Table, at_multiple, mean
+from experiments.bench import Bar, Bench, Findings, Row, at_multiple, mean
 from experiments.methods import ADAMW, GUARD, PEERS
+from experiments.report import Table
 from experiments.sections.stress import adamw_best_rate
 from experiments.sweep import Case, Outcome, make_run
 from experiments.tasks import Task

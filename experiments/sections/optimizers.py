@@ -8,18 +8,9 @@ from typing import Any
 import optax
 from optax import contrib
 
-from experiments.bench import (
-    Bar,
-    Bench,
-    Findings,
-    Table,
-    best_rate,
-    difference,
-    losses,
-    mean,
-    with_spread,
-)
+from experiments.bench import Bar, Bench, Findings, best_rate, difference, losses, mean, with_spread
 from experiments.presets import half_decades
+from experiments.report import Table
 from experiments.sweep import sweep
 from lbw_optax import guard
 

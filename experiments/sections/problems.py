@@ -12,7 +12,8 @@ import optax
 from optax import contrib
 
 import lbw_optax
-from experiments.bench import Bar, Bench, Findings, Row, Table, mean
+from experiments.bench import Bar, Bench, Findings, Row, mean
+from experiments.report import Table
 from experiments.sweep import guard_counters
 
 MOST = 1.25

@@ -9,7 +9,6 @@ from experiments.bench import (
     Bench,
     Findings,
     Row,
-    Table,
     best_rate,
     difference,
     losses,
@@ -17,6 +16,7 @@ from experiments.bench import (
     with_spread,
 )
 from experiments.methods import ADAMW, GUARD, PEERS, RATE_FREE
+from experiments.report import Table
 from experiments.sweep import sweep
 from experiments.tasks import TASKS
 

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lbw_optax
-from experiments.bench import Bench, Findings, Row, Table, difference, losses, mean, with_spread
+from experiments.bench import Bench, Findings, Row, difference, losses, mean, with_spread
 from experiments.errors import UserError
 from experiments.faults import drills
 from experiments.methods import adamw
 from experiments.presets import STUDY_PRESETS, bench_preset
-from experiments.quality import job_config, publish
+from experiments.report import Table
 from experiments.results import Results
 from experiments.sections.stress import adamw_best_rate
+from experiments.suites.quality import job_config, publish
 from experiments.sweep import sweep
 from experiments.tasks import TASKS
 
@@ -116,7 +117,8 @@ def study(
     folder = Results(results / "study" / preset, job_config("study", preset, settings), fresh=fresh)
     bench = Bench(settings, folder)
     found = [_of_task(bench, task, laws) for task in tasks]
-    publish(folder, "Ablations and sensitivities", preset, found, {})
+    question = "What does each sensor and each action do, and how much does each constant matter?"
+    publish(folder, f"Ablations and sensitivities, {preset}", question, found, {})
 
 
 def law_variants() -> dict[str, dict[str, float]]:

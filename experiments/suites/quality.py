@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 
 from experiments import plots
-from experiments.bench import Bar, Bench, Findings, Row, Table, losses, mean
+from experiments.bench import Bar, Bench, Findings, Row, losses, mean
 from experiments.data import python_manual, standard_library
 from experiments.environment import versions
 from experiments.errors import UserError
 from experiments.methods import PEERS
 from experiments.presets import QUALITY_PRESETS, bench_preset
-from experiments.report import markdown_table, print_table
+from experiments.report import Table, write_report
 from experiments.results import Results
 from experiments.sections.drills import faults
 from experiments.sections.idle import idle
 from experiments.sections.optimizers import optimizers
 from experiments.sections.problems import problems
 from experiments.sections.stress import stress
+
+QUESTION = "Does one set of defaults leave healthy runs alone, and carry the others?"
 
 SECTIONS: dict[str, Callable[[Bench], Findings]] = {
     "stress": stress,
@@ -67,7 +66,7 @@ def quality(
     if "stress" in sections:
         rows = found[sections.index("stress")].rows
         pictures["stress.png"] = plots.loss_panels(_curves(rows), "learning rate / AdamW's best")
-    publish(folder, "Quality of control", preset, found, pictures)
+    publish(folder, f"Quality of control, {preset}", QUESTION, found, pictures)
 
 
 def job_config(suite: str, preset: str, settings: Any) -> dict[str, Any]:
@@ -89,7 +88,7 @@ def job_config(suite: str, preset: str, settings: Any) -> dict[str, Any]:
 def publish(
     folder: Results,
     title: str,
-    preset: str,
+    question: str,
     found: Sequence[Findings],
     pictures: dict[str, bytes],
 ) -> None:
@@ -98,7 +97,7 @@ def publish(
     Args:
       folder: Where to.
       title: Title of the report.
-      preset: The job's size.
+      question: What the suite asks.
       found: What was found.
       pictures: File name -> PNG file.
     """
@@ -107,20 +106,7 @@ def publish(
     if bars:
         tables.insert(0, _bar_table(bars))
     folder.write_csv("summary.csv", [row for findings in found for row in findings.rows])
-    for name, picture in pictures.items():
-        folder.write(name, picture)
-    command = f"python -m experiments {shlex.join(sys.argv[1:])}"
-    parts = [f"# {title}, {preset}", f"Made with `{command}`."]
-    parts += [f"![{name}]({name})" for name in pictures]
-    for table in tables:
-        parts += [f"## {table.title}", markdown_table(table.heading, table.rows)]
-        if table.note:
-            parts.append(table.note)
-    folder.write("report.md", "\n\n".join(parts) + "\n")
-    console = Console()
-    for table in tables:
-        print_table(console, table.title, table.heading, table.rows)
-    console.print(f"report, pictures and rows: {folder.folder}", soft_wrap=True)
+    write_report(folder, title, question, tables, pictures)
 
 
 def _bar_table(bars: Sequence[Bar]) -> Table:

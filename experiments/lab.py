@@ -1,0 +1,177 @@
+"""What every suite of fine-tunes shares: its options, its results folder, its runs, its report."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar
+
+import jax
+import tyro
+from tqdm import tqdm
+
+from experiments.dataset import Dataset
+from experiments.environment import versions
+from experiments.errors import UserError
+from experiments.finetune import Finetune, Run
+from experiments.jobs import Job
+from experiments.methods import Method
+from experiments.report import Table, number, write_report
+from experiments.results import Results
+
+Config = TypeVar("Config")
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the user chooses."""
+
+    preset: str = "nano"
+    """Size of the job: nano (two CPU cores), small (one GPU) or paper (the paper's models)."""
+    data: Path | None = None
+    """Text to fine-tune on instead of the preset's: a file, or a folder with train and test."""
+    models: Path | None = None
+    """Folder of Hugging Face checkpoints, such as Qwen2.5-7B; by default the hub has them."""
+    results: Path = Path("results")
+    """Folder for the results; a suite writes to SUITE/PRESET in it."""
+    seed: int = 0
+    """Seed of adapters, batches and faults; a base model that is pretrained here is shared."""
+    fresh: bool = False
+    """Start over, dropping the results of an earlier job in that folder."""
+
+
+Arguments = Annotated[Options, tyro.conf.arg(name="")]
+"""`Options` as flags without a prefix."""
+
+
+class Lab(Generic[Config]):
+    """A suite at work.
+
+    Args:
+      suite: Name of the suite.
+      options: What the user chose.
+      presets: Name -> the suite's settings.
+    """
+
+    def __init__(self, suite: str, options: Options, presets: Mapping[str, Config]):
+        if options.preset not in presets:
+            raise UserError(
+                f"--preset {options.preset}: unknown; choose one of {', '.join(presets)}"
+            )
+        if not 0 <= options.seed < 2**32:
+            raise UserError(f"--seed {options.seed}: must be in 0 ... 2**32 - 1")
+        self.options = options
+        self.config = presets[options.preset]
+        self._suite = suite
+        self._finetune = functools.lru_cache(maxsize=1)(self._make_finetune)
+        self._dataset = functools.lru_cache(maxsize=1)(self._make_dataset)
+        described = {
+            "suite": suite,
+            "preset": options.preset,
+            "settings": dataclasses.asdict(self.config),
+            "data": None if options.data is None else str(options.data),
+            "models": None if options.models is None else str(options.models),
+            "seed": options.seed,
+            "device": jax.devices()[0].device_kind,
+            "versions": versions(),
+        }
+        path = options.results / suite.replace("-", "_") / options.preset
+        self.folder = Results(path, described, fresh=options.fresh)
+
+    def zero_step(self, job: Job) -> float:
+        """Held-out perplexity of a job's model before the first step."""
+        name = f"zero-step, {job.base.name}, {'LoRA' if job.lora else 'full'}"
+        if name not in self.folder.runs:
+            finetune = self._finetune(job)
+            _, params, frozen = finetune.start(self.options.seed)
+            loss = finetune.heldout_loss(params, frozen)
+            self.folder.finish(name, {"heldout_loss": loss})
+        return perplexity(self.folder.runs[name])
+
+    def measure(
+        self,
+        job: Job,
+        runs: Sequence[Run],
+        methods: Mapping[str, Method],
+        eval_steps: int | None = None,
+    ) -> dict[str, Record]:
+        """Does the runs that are not done yet.
+
+        Args:
+          job: What they are runs of.
+          runs: The runs; their names are unique in the suite.
+          methods: Name -> optimizer.
+          eval_steps: Steps between measurements of the held-out loss; by default only the last.
+
+        Returns:
+          Name -> record, in the order of the runs.
+        """
+        todo = [run for run in runs if run.name not in self.folder.runs]
+        if todo:
+            finetune = self._finetune(job)
+            total, left = len(runs) * job.steps, len(todo) * job.steps
+            with tqdm(total=total, initial=total - left, unit="step") as progress:
+                for run in todo:
+                    progress.set_description(run.name)
+                    finetune.do(
+                        run, methods[run.method], self.folder, progress, eval_steps or job.steps
+                    )
+        return {run.name: self.folder.runs[run.name] for run in runs}
+
+    def finetune(self, job: Job) -> Finetune:
+        """The job made ready, for a suite that looks into its runs."""
+        return self._finetune(job)
+
+    def publish(
+        self,
+        title: str,
+        question: str,
+        tables: Sequence[Table],
+        pictures: Mapping[str, bytes],
+    ) -> None:
+        """Writes summary, pictures and report, and prints the tables."""
+        runs = self.folder.runs
+        rows = [{"run": name, **record} for name, record in runs.items()]
+        for row in rows:
+            row["heldout_perplexity"] = perplexity(row)
+        self.folder.write_csv("summary.csv", rows)
+        seconds = sum(record.get("seconds", 0.0) for record in runs.values())
+        made = [
+            f"device: {jax.devices()[0].device_kind}",
+            f"seed: {self.options.seed}",
+            f"training: {seconds:.0f} s in all, compilation and evaluation excluded",
+            "versions: " + ", ".join(f"{name} {v}" for name, v in versions().items()),
+        ]
+        heading = f"{title}, {self.options.preset}"
+        write_report(self.folder, heading, question, tables, pictures, made)
+
+    def _make_dataset(self, job: Job) -> Dataset:
+        return Dataset(job, self.options.data, self.options.models)
+
+    def _make_finetune(self, job: Job) -> Finetune:
+        return Finetune(job, self._dataset(job), self.options.models)
+
+
+def perplexity(record: Record) -> float:
+    """Held-out perplexity of a record; infinite where the loss is no number."""
+    loss = record.get("heldout_loss")
+    # exp(700) is near the largest float; null is a loss that is not finite.
+    return math.exp(loss) if loss is not None and loss < 700 else math.inf
+
+
+def perplexities(records: Sequence[Record]) -> str:
+    """Mean and standard deviation of held-out perplexities over seeds, for a reader."""
+    values = list(map(perplexity, records))
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return number(max(values))
+    return f"{number(statistics.fmean(values))} ± {number(statistics.stdev(values))}"
+
+
+def times(rate: float, multiple: float) -> float:
+    """The product to nine digits: 3 * 3e-3 is 0.009 to a reader, and the same float32."""
+    return float(f"{rate * multiple:.9g}")

@@ -1,0 +1,1 @@
+"""The suites of the command line, one module each."""
