@@ -16,6 +16,8 @@ EXPERIMENTS = (
     "test_data",
     "test_corpus",
     "test_tokenization",
+    "test_token_cache",
+    "test_batches",
     "test_packing",
     "test_perplexity",
     "test_lr_stress",
