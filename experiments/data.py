@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import jax
@@ -57,7 +57,7 @@ class Text:
 def standard_library() -> Text:
     """The Python sources of the running interpreter's standard library, about 10 MB."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [path for path in _walk(root, skip=_NOT_SOURCE) if path.suffix == ".py"]
+    files = [path for path in walk(root, skip=_NOT_SOURCE) if path.suffix == ".py"]
     return Text("the Python standard library", b"\n".join(path.read_bytes() for path in files))
 
 
@@ -88,8 +88,8 @@ def read_text(path: Path) -> Text:
     """
     try:
         if path.is_dir():
-            contents = (file.read_bytes() for file in _walk(path, skip=set()))
-            content = b"\n".join(filter(_is_utf8, contents))
+            contents = (file.read_bytes() for file in walk(path))
+            content = b"\n".join(filter(is_utf8, contents))
         else:
             content = path.read_bytes()
     except FileNotFoundError as error:
@@ -157,7 +157,7 @@ def heldout_windows(
     return windows.astype(np.int32).reshape(-1, batch_size, seq_len + 1)
 
 
-def _walk(root: Path, skip: set[str]) -> Iterator[Path]:
+def walk(root: Path, skip: Collection[str] = ()) -> Iterator[Path]:
     """The files below a folder in a fixed order, without hidden ones and skipped folders."""
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(n for n in subfolders if n not in skip and not n.startswith("."))
@@ -167,7 +167,8 @@ def _walk(root: Path, skip: set[str]) -> Iterator[Path]:
                 yield path
 
 
-def _is_utf8(content: bytes) -> bool:
+def is_utf8(content: bytes) -> bool:
+    """Whether bytes are text."""
     try:
         content.decode()
     except UnicodeDecodeError:

@@ -10,7 +10,19 @@ import pytest
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
-EXPERIMENTS = ("test_models", "test_lora", "test_data", "test_lr_stress", "test_quality")
+EXPERIMENTS = (
+    "test_models",
+    "test_lora",
+    "test_data",
+    "test_corpus",
+    "test_tokenization",
+    "test_token_cache",
+    "test_batches",
+    "test_packing",
+    "test_perplexity",
+    "test_lr_stress",
+    "test_quality",
+)
 
 hypothesis.settings.register_profile(
     "repeatable",

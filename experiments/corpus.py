@@ -1,0 +1,259 @@
+"""A corpus: named documents for training, validation and test, read one at a time.
+
+Sources are WikiText-103 from the Hugging Face hub, and the user's own files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments.data import HELDOUT_FRACTION, is_utf8, walk
+from experiments.errors import UserError
+
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+
+DOCUMENT_SEPARATOR = "<|endoftext|>"
+"""A line of its own between the documents of a text file."""
+
+_SPLIT_WORDS = {
+    "train": TRAIN,
+    "valid": VALIDATION,
+    "validation": VALIDATION,
+    "test": TEST,
+}
+_TEXT_FILES = (".txt", ".raw")
+_ROW_FILES = {".parquet": "parquet", ".jsonl": "json"}
+_TEXT_COLUMN = "text"
+
+# The heading of a WikiText article. Sections have more signs: " = = History = = ".
+_TITLE = re.compile(r" = [^=].* = \n")
+
+
+class Digest(NamedTuple):
+    """What one pass over a split finds.
+
+    Attributes:
+      sha256: Hash of the documents and of where they end, in hexadecimal.
+      documents: How many there are.
+      characters: Their length in all.
+    """
+
+    sha256: str
+    documents: int
+    characters: int
+
+
+class Documents:
+    """The documents of one split, read anew from their source by every loop over them.
+
+    Args:
+      name: What messages call them.
+      read: Function that starts reading; blank documents are left out.
+    """
+
+    def __init__(self, name: str, read: Callable[[], Iterable[str]]):
+        self.name = name
+        self._read = read
+
+    def __iter__(self) -> Iterator[str]:
+        return (document for document in self._read() if document.strip())
+
+    @functools.cached_property
+    def digest(self) -> Digest:
+        """Hash and size of the documents."""
+        sha256, documents, characters = hashlib.sha256(), 0, 0
+        for document in self:
+            content = document.encode()
+            # With its length in front, so that documents divided elsewhere hash differently.
+            sha256.update(len(content).to_bytes(8, "little") + content)
+            documents += 1
+            characters += len(document)
+        if not documents:
+            raise UserError(f"{self.name}: there is no text in it")
+        return Digest(sha256.hexdigest(), documents, characters)
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Documents by split, and what to call them all."""
+
+    name: str
+    """Where they come from, for messages and reports."""
+    splits: Mapping[str, Documents]
+    """Some of `TRAIN`, `VALIDATION` and `TEST`."""
+
+    def documents(self, split: str) -> Documents:
+        """The documents of a split, or one clear line."""
+        if split not in self.splits:
+            raise UserError(f"{self.name}: no {split} split, only {', '.join(self.splits)}")
+        return self.splits[split]
+
+
+def wikitext103() -> Corpus:
+    """WikiText-103, raw form, downloaded once: 28,475 + 60 + 60 Wikipedia articles, 550 MB.
+
+    References:
+      Merity et al., `Pointer Sentinel Mixture Models <https://arxiv.org/abs/1609.07843>`_, 2016
+    """
+    import datasets  # A large package, needed by this function and for some files only.
+
+    name = "WikiText-103"
+    try:
+        splits = datasets.load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1")
+    except OSError as error:
+        raise UserError(
+            f"{name} cannot be downloaded ({error}): "
+            "connect to the hub once, or give a text of your own with --data"
+        ) from error
+
+    def rows(split: str) -> Iterator[str]:
+        # In batches: a thousand times fewer calls for the 1.8 million rows.
+        for batch in splits[split].iter(batch_size=1000):
+            yield from batch[_TEXT_COLUMN]
+
+    return Corpus(
+        name,
+        {
+            split: Documents(f"{name}, {split}", lambda split=split: _of_rows(rows(split)))
+            for split in (TRAIN, VALIDATION, TEST)
+        },
+    )
+
+
+def read_corpus(path: Path) -> Corpus:
+    """The user's own documents.
+
+    Text (.txt, .raw or any other UTF-8 file) is divided at WikiText's article headings and at lines
+    that read `<|endoftext|>`; without either a file is one document. Tables (.parquet, .jsonl) have
+    a document per row in their column `text`, or WikiText's lines.
+
+    Args:
+      path: A folder with files whose names have the word train, valid, validation or test, such as
+        `train.txt` or `test-00000-of-00001.parquet`: these are the splits. Otherwise a file, or a
+        folder of files: of its characters nine tenths are trained on, and the rest is half
+        validation and half test.
+
+    Returns:
+      The corpus, named after the path.
+    """
+    if not path.exists():
+        raise UserError(f"--data {path}: no such file or folder")
+    if split_files := _split_files(path):
+        return Corpus(
+            str(path),
+            {
+                split: Documents(f"{path}, {split}", functools.partial(_read_files, files))
+                for split, files in split_files.items()
+            },
+        )
+    files = [file for file in walk(path) if _is_readable(file)] if path.is_dir() else [path]
+    everything = Documents(str(path), functools.partial(_read_files, files))
+    size = everything.digest.characters
+    train = size - int(size * HELDOUT_FRACTION)
+    validation = train + (size - train) // 2
+    parts = {TRAIN: (0, train), VALIDATION: (train, validation), TEST: (validation, size)}
+    return Corpus(
+        str(path),
+        {
+            split: Documents(f"{path}, {split}", functools.partial(_part, everything, *bounds))
+            for split, bounds in parts.items()
+        },
+    )
+
+
+def _split_files(path: Path) -> dict[str, list[Path]]:
+    """The files of a folder that are named after a split, by split and in order."""
+    found = {}
+    for file in sorted(path.iterdir()) if path.is_dir() else []:
+        words = re.split("[^a-z]+", file.name.lower())
+        split = next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), None)
+        if split and file.is_file() and file.suffix in (*_TEXT_FILES, *_ROW_FILES):
+            found.setdefault(split, []).append(file)
+    return {split: found[split] for split in (TRAIN, VALIDATION, TEST) if split in found}
+
+
+def _is_readable(file: Path) -> bool:
+    return file.suffix in _ROW_FILES or is_utf8(file.read_bytes())
+
+
+def _part(documents: Iterable[str], start: int, stop: int) -> Iterator[str]:
+    """The documents between two places in their characters, cut there."""
+    place = 0
+    for document in documents:
+        yield document[max(start - place, 0) : max(stop - place, 0)]
+        place += len(document)
+
+
+# Reading files
+
+
+def _read_files(files: Iterable[Path]) -> Iterator[str]:
+    for file in files:
+        try:
+            yield from _of_rows(_rows(file)) if file.suffix in _ROW_FILES else _of_text(file)
+        except OSError as error:
+            raise UserError(f"--data {file}: {error.strerror or error}") from error
+
+
+def _of_text(file: Path) -> Iterator[str]:
+    # Only \n ends a line, and nothing is translated: what is tokenised is what is in the file.
+    with file.open(encoding="utf-8", newline="\n") as lines:
+        try:
+            yield from _of_lines(lines)
+        except UnicodeDecodeError as error:
+            raise UserError(f"--data {file}: not UTF-8 text (byte {error.start})") from error
+
+
+def _rows(file: Path) -> Iterator[str]:
+    import datasets  # See wikitext103.
+
+    try:
+        rows = datasets.load_dataset(
+            _ROW_FILES[file.suffix], data_files=str(file), split="train", streaming=True
+        )
+        for row in rows:
+            if not isinstance(row.get(_TEXT_COLUMN), str):
+                raise UserError(f"--data {file}: a row without text in a column {_TEXT_COLUMN!r}")
+            yield row[_TEXT_COLUMN]
+    except StopIteration:  # What the loader makes of an empty file.
+        return
+    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise UserError(f"--data {file}: not a {file.suffix} file ({error})") from error
+
+
+def _of_rows(rows: Iterable[str]) -> Iterator[str]:
+    """Documents as rows, or the lines of WikiText as rows, which then give the text file's."""
+    rows = iter(rows)
+    head = []
+    for row in rows:
+        head.append(row)
+        if row.strip():
+            break
+    rows = itertools.chain(head, rows)
+    if head and _TITLE.fullmatch(head[-1]):
+        # The hub drops the blanks of a blank line; the text file has them.
+        return _of_lines(row or " \n" for row in rows)
+    return rows
+
+
+def _of_lines(lines: Iterable[str]) -> Iterator[str]:
+    document = []
+    before = ""
+    for line, after in itertools.pairwise(itertools.chain(lines, [""])):
+        # A heading stands alone; formulas and footnotes of the same form do not.
+        is_title = not before.strip() and not after.strip() and _TITLE.fullmatch(line)
+        is_separator = line.strip() == DOCUMENT_SEPARATOR
+        if is_title or is_separator:
+            yield "".join(document)
+            document = []
+        if not is_separator:
+            document.append(line)
+        before = line
+    yield "".join(document)

@@ -1,0 +1,138 @@
+"""Documents and splits of a corpus, from every kind of file and from the hub."""
+
+import json
+
+import datasets
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from shared_data import shared_data
+
+from experiments.corpus import TEST, TRAIN, VALIDATION, Documents, read_corpus, wikitext103
+from experiments.errors import UserError
+
+WIKITEXT = """ 
+ = First article = 
+ 
+ Its text , with 1 
+ = 2 = 
+ in a formula . 
+ 
+ = = Section = = 
+ 
+ More . 
+ 
+ = Second article = 
+ 
+ Its text . 
+"""  # noqa: W291, W293  Trailing blanks are the format.
+
+
+def documents(path, split=TRAIN):
+    return list(read_corpus(path).documents(split))
+
+
+def test_wikitext_is_divided_at_the_headings_of_its_articles(tmp_path):
+    (tmp_path / "train.txt").write_text(WIKITEXT)
+    first, second = documents(tmp_path)
+    assert first.startswith(" = First article = \n")
+    assert " = 2 = " in first
+    assert " = = Section = = " in first
+    assert second == " = Second article = \n \n Its text . \n"
+    assert " \n" + first + second == WIKITEXT
+
+
+def test_separator_lines_divide_and_are_dropped(tmp_path):
+    (tmp_path / "train.txt").write_text("one\nmore\n<|endoftext|>\n\n<|endoftext|>\ntwo\r\n")
+    assert documents(tmp_path) == ["one\nmore\n", "two\r\n"]
+
+
+def test_rows_are_documents_or_the_lines_of_wikitext(tmp_path):
+    rows = ["one", "", "two\nlines"]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": r}) + "\n" for r in rows))
+    lines = ["" if line == " \n" else line for line in WIKITEXT.splitlines(keepends=True)]
+    table = datasets.Dataset.from_dict({"text": lines})
+    table.to_parquet(tmp_path / "test-00000-of-00001.parquet")
+    (tmp_path / "wiki.valid.raw").write_text(WIKITEXT)
+    corpus = read_corpus(tmp_path)
+    assert list(corpus.documents(TRAIN)) == ["one", "two\nlines"]
+    # The hub's rows and the text file are the same corpus, and share a cache.
+    assert corpus.documents(TEST).digest == corpus.documents(VALIDATION).digest
+
+
+def test_text_without_splits_is_cut_at_nine_tenths(tmp_path):
+    text = "<|endoftext|>\n".join(f"document {i:03}\n" for i in range(100))
+    (tmp_path / "notes").write_text(text)
+    (tmp_path / "picture").write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path, tmp_path / "notes"):
+        corpus = read_corpus(path)
+        parts = [list(corpus.documents(split)) for split in (TRAIN, VALIDATION, TEST)]
+        assert "".join("".join(part) for part in parts) == text.replace("<|endoftext|>\n", "")
+        assert [len("".join(part)) for part in parts] == [1170, 65, 65]
+
+
+@given(
+    st.lists(st.text("ab\n", min_size=1), min_size=1).filter(lambda d: any(t.strip() for t in d))
+)
+def test_digest_tells_where_documents_end(texts):
+    digest = Documents("x", lambda: texts).digest
+    kept = [text for text in texts if text.strip()]
+    assert digest == Documents("x", lambda: kept).digest
+    assert (digest.documents, digest.characters) == (len(kept), len("".join(kept)))
+    if len(kept) > 1:
+        assert digest.sha256 != Documents("x", lambda: ["".join(kept)]).digest.sha256
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("train.jsonl", b'{"text": 3}\n', "a row without text in a column 'text'"),
+        ("train.jsonl", b'{"words": "a"}\n', "a row without text in a column 'text'"),
+        ("train.jsonl", b"hello\n", "not a .jsonl file"),
+        ("train.jsonl", b"", "there is no text in it"),
+        ("train.parquet", b"hello\n", "not a .parquet file"),
+        ("train.txt", b"hello \xff", "not UTF-8 text"),
+        ("train.txt", b" \n", "train: there is no text in it"),
+        ("test.txt", b"hello", "no train split, only test"),
+        ("notes", b"\xff", "there is no text in it"),
+    ],
+)
+def test_unusable_files_are_named(tmp_path, file, content, message):
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        print(read_corpus(tmp_path).documents(TRAIN).digest)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_missing_data_is_named(tmp_path):
+    with pytest.raises(UserError, match="no such file or folder"):
+        read_corpus(tmp_path / "absent")
+
+
+def test_wikitext103_is_read_from_the_hub_by_row(monkeypatch):
+    rows = datasets.Dataset.from_dict({"text": WIKITEXT.splitlines(keepends=True)})
+    hub = datasets.DatasetDict({split: rows for split in (TRAIN, VALIDATION, TEST)})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: hub)
+    assert len(list(wikitext103().documents(VALIDATION))) == 2
+
+
+def test_unreachable_hub_is_one_clear_line(monkeypatch):
+    def unreachable(*_):
+        raise ConnectionError("Couldn't reach 'Salesforce/wikitext' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(UserError, match=r"WikiText-103 cannot be downloaded .* --data"):
+        wikitext103()
+
+
+@pytest.mark.parametrize(
+    ("folder", "counts"),
+    [
+        ("wikitext2", {TRAIN: 600, VALIDATION: 60, TEST: 60}),
+        ("wikitext_raw", {VALIDATION: 60, TEST: 60}),
+        ("tinystories", {VALIDATION: 3117, TEST: 3118}),
+    ],
+)
+def test_published_numbers_of_documents(folder, counts):
+    splits = read_corpus(shared_data(folder)).splits
+    assert {split: found.digest.documents for split, found in splits.items()} == counts
