@@ -15,6 +15,7 @@ from flax import nnx
 from experiments.checkpoint import Checkpoints
 from experiments.data import crop_batch
 from experiments.methods import guard_telemetry
+from experiments.models import loss as losses
 
 
 class TrainState(NamedTuple):
@@ -45,21 +46,26 @@ class Metrics(NamedTuple):
     guard: tuple[jax.Array, jax.Array] | None
 
 
-def next_token_loss(graphdef: nnx.GraphDef, params: Any, frozen: Any, tokens_bt: jax.Array):
-    """Mean cross-entropy in nats of each token given those before it.
+def next_token_loss(
+    graphdef: nnx.GraphDef,
+    params: Any,
+    frozen: Any,
+    tokens_bt: jax.Array,
+    segments_bt: jax.Array | None = None,
+) -> jax.Array:
+    """`experiments.models.loss.next_token_loss` as a function of what trains.
 
     Args:
       graphdef: The model's structure.
       params: The part of the model's state that trains.
       frozen: The other part.
       tokens_bt: Token ids, int32 of shape (b, t + 1).
+      segments_bt: Documents of a packed batch, int32 of shape (b, t + 1).
 
     Returns:
-      The loss, float32 of shape ().
+      The mean over the tokens in nats, float32 of shape ().
     """
-    logits_btv = nnx.merge(graphdef, params, frozen)(tokens_bt[:, :-1])
-    losses_bt = optax.softmax_cross_entropy_with_integer_labels(logits_btv, tokens_bt[:, 1:])
-    return losses_bt.mean()
+    return losses.next_token_loss(nnx.merge(graphdef, params, frozen), tokens_bt, segments_bt)
 
 
 class Trainer:
