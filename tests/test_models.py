@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from model_helpers import PARAMETERS, published_config
 
 from experiments.models.config import DecoderConfig
 from experiments.models.decoder import Attention, Decoder, RMSNorm, apply_rope, rope_angles
@@ -25,22 +26,9 @@ TINY = DecoderConfig(
     vocab_size=32,
 )
 
-# The published config.json, less what does not bear on the shape.
-QWEN2_5_HALF_B = {
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "max_position_embeddings": 32768,
-    "model_type": "qwen2",
-    "num_attention_heads": 14,
-    "num_hidden_layers": 24,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000.0,
-    "tie_word_embeddings": True,
-    "vocab_size": 151936,
-}
 TINYLLAMA = {
     "attention_bias": False,
+    "head_dim": 64,
     "hidden_size": 2048,
     "intermediate_size": 5632,
     "max_position_embeddings": 2048,
@@ -49,11 +37,10 @@ TINYLLAMA = {
     "num_hidden_layers": 22,
     "num_key_value_heads": 4,
     "rms_norm_eps": 1e-05,
-    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    "rope_theta": 10000.0,
     "tie_word_embeddings": False,
     "vocab_size": 32000,
 }
-
 
 forward = nnx.jit(lambda model, *inputs: model(*inputs))
 
@@ -62,19 +49,24 @@ def tokens(seed, shape=(2, 9)):
     return jax.random.randint(jax.random.key(seed), shape, 0, TINY.vocab_size)
 
 
-@pytest.mark.parametrize(
-    ("config", "count"), [(QWEN2_5_HALF_B, 494_032_768), (TINYLLAMA, 1_100_048_384)]
-)
-def test_published_models_have_their_published_size(config, count):
-    model = nnx.eval_shape(lambda: Decoder(DecoderConfig.from_hf(config), rngs=nnx.Rngs(0)))
+@pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
+def test_published_models_have_their_published_size(name, count):
+    config = DecoderConfig.from_hf(published_config(name))
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == count
 
 
 def test_from_hf_reads_both_places_of_rope_theta():
-    assert DecoderConfig.from_hf(QWEN2_5_HALF_B).rope_theta == 1e6
-    assert DecoderConfig.from_hf(TINYLLAMA).rope_theta == 1e4
+    after = {name: value for name, value in TINYLLAMA.items() if name != "rope_theta"}
+    after["rope_parameters"] = {"rope_theta": 10000.0, "rope_type": "default"}
+    assert DecoderConfig.from_hf(after) == DecoderConfig.from_hf(TINYLLAMA)
     assert DecoderConfig.from_hf(TINYLLAMA).attention_bias is False
-    assert DecoderConfig.from_hf(QWEN2_5_HALF_B).attention_bias is True
+    assert DecoderConfig.from_hf(TINYLLAMA | {"model_type": "qwen2"}).attention_bias is True
+
+
+@pytest.mark.parametrize("config", [TINY, DecoderConfig.from_hf(TINYLLAMA)])
+def test_to_hf_is_read_back(config):
+    assert DecoderConfig.from_hf(config.to_hf()) == config
 
 
 @pytest.mark.parametrize("change", [{"num_key_value_heads": 3}, {"head_dim": 5}])
