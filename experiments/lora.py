@@ -1,6 +1,6 @@
 r"""Low-rank adaptation: each chosen linear layer W becomes W + (alpha / r) A B, A and B trained.
 
-Before, and after `add_lora`::
+Before, and after `add_lora`, each with the layers' axis in front::
 
     q_proj: Linear(kernel)     q_proj: LoRALinear(base: Linear(kernel), lora_a, lora_b)
 
@@ -10,6 +10,8 @@ of type `nnx.LoRAParam`, so that type is the filter for what trains.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,34 +19,44 @@ from flax import nnx
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Every linear layer of attention and MLP, the choice of the QLoRA paper (Dettmers et al. 2023)."""
 
-# Bound 1/sqrt(fan_in): kaiming-uniform with a = sqrt(5), as the LoRA authors' code has it.
-_init_a = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
 
 class LoRALinear(nnx.Module):
     r"""A linear layer plus a low-rank correction, :math:`y = W x + (\alpha/r) B A x`.
 
-    B starts at zero, so the wrapped layer starts as the layer itself.
+    B starts at zero, so the wrapped layer starts as the layer itself. Dropout, if any, acts on the
+    x of the correction alone.
 
     Args:
-      base: The layer to adapt; its parameters are left alone.
+      base: The layer to adapt, or a stack of layers; its parameters are left alone.
       rank: r, the width of the correction.
       alpha: Scale of the correction, in units of the rank.
-      rngs: Where A's initial values come from.
+      dropout: Probability that an entry of the correction's input is dropped.
+      rngs: Where A's initial values come from, and the first masks of dropout.
     """
 
-    def __init__(self, base: nnx.Linear, rank: int, alpha: float, *, rngs: nnx.Rngs):
+    def __init__(
+        self, base: nnx.Linear, rank: int, alpha: float, dropout: float = 0.0, *, rngs: nnx.Rngs
+    ):
+        *stack, in_features, out_features = base.kernel.shape
         self.base = base
         self.scaling = alpha / rank
-        a = _init_a(rngs.params(), (base.in_features, rank), jnp.float32)
+        # Bound 1/sqrt(fan_in): kaiming-uniform with a = sqrt(5), as the LoRA authors' code has it.
+        init_a = nnx.initializers.variance_scaling(
+            1 / 3, "fan_in", "uniform", batch_axis=tuple(range(len(stack)))
+        )
+        a = init_a(rngs.params(), (*stack, in_features, rank), jnp.float32)
         self.lora_a = nnx.LoRAParam(a)
-        self.lora_b = nnx.LoRAParam(jnp.zeros((rank, base.out_features), jnp.float32))
+        self.lora_b = nnx.LoRAParam(jnp.zeros((*stack, rank, out_features), jnp.float32))
+        # No random state where there is no dropout: it would be part of what is saved.
+        self.dropout = nnx.Dropout(dropout, rngs=nnx.Rngs(dropout=rngs()) if dropout else None)
+        if dropout and stack:
+            nnx.split_rngs(self.dropout, splits=tuple(stack))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (..., in_features) to (..., out_features) in the base layer's compute dtype."""
         y = self.base(x)
         a, b = self.lora_a[...].astype(y.dtype), self.lora_b[...].astype(y.dtype)
-        return y + self.scaling * ((x.astype(y.dtype) @ a) @ b)
+        return y + self.scaling * ((self.dropout(x).astype(y.dtype) @ a) @ b)
 
     def merged(self) -> nnx.Linear:
         """The base layer with the correction added to its kernel."""
@@ -54,20 +66,40 @@ class LoRALinear(nnx.Module):
         return self.base
 
 
-def add_lora(model: nnx.Module, rank: int, alpha: float, *, rngs: nnx.Rngs) -> nnx.Module:
-    """Wraps every layer named in `TARGETS`, in place.
+def add_lora(
+    model: nnx.Module,
+    rank: int,
+    alpha: float,
+    *,
+    dropout: float = 0.0,
+    targets: Sequence[str] = TARGETS,
+    rngs: nnx.Rngs,
+) -> nnx.Module:
+    """Wraps every layer of the given names, in place.
+
+    Dropout draws new masks at each call of the model in `model.train()`, the state it starts in,
+    and none in `model.eval()`. In a compiled training step, which forgets the state of the random
+    streams, call `reseed_dropout` with the step's key first.
 
     Args:
       model: A model whose linear layers are named as in `TARGETS`.
-      rank: Width of the corrections.
+      rank: Width of the corrections, at least 1.
       alpha: Scale of the corrections, in units of the rank.
+      dropout: Probability that an entry of a correction's input is dropped, in [0, 1).
+      targets: Which layers, from `TARGETS`.
       rngs: Where the initial values come from.
 
     Returns:
       The same model.
     """
-    for parent, name, layer in _targets(model, nnx.Linear):
-        setattr(parent, name, LoRALinear(layer, rank, alpha, rngs=rngs))
+    if rank < 1:
+        raise ValueError(f"rank={rank}: must be at least 1")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout}: must be in [0, 1)")
+    if not targets or set(targets) - set(TARGETS):
+        raise ValueError(f"targets={targets}: must be one or more of {', '.join(TARGETS)}")
+    for parent, name, layer in find_layers(model, nnx.Linear, targets):
+        setattr(parent, name, LoRALinear(layer, rank, alpha, dropout, rngs=rngs))
     return model
 
 
@@ -80,16 +112,29 @@ def merge_lora(model: nnx.Module) -> nnx.Module:
     Returns:
       The same model, with plain linear layers and (up to rounding) the same outputs.
     """
-    for parent, name, layer in _targets(model, LoRALinear):
+    for parent, name, layer in find_layers(model, LoRALinear):
         setattr(parent, name, layer.merged())
     return model
 
 
-def _targets(model: nnx.Module, kind: type) -> list[tuple[nnx.Module, str, nnx.Module]]:
-    """The (parent, name, layer) of each layer of one kind that is named in `TARGETS`."""
+def reseed_dropout(model: nnx.Module, key: jax.Array) -> None:
+    """Makes the next masks of dropout a function of a key, in place.
+
+    Args:
+      model: A model that went through `add_lora`.
+      key: The key, for instance one folded with the step: an interrupted run then goes on with
+        the masks that it would have had.
+    """
+    nnx.reseed(model, policy="match_shape", dropout=key)
+
+
+def find_layers(
+    model: nnx.Module, kind: type, names: Sequence[str] = TARGETS
+) -> list[tuple[nnx.Module, str, nnx.Module]]:
+    """The (parent, name, layer) of each layer of one kind that has one of the names."""
     return [
         (parent, name, layer)
         for _, parent in nnx.iter_modules(model)
-        for name in TARGETS
+        for name in names
         if isinstance(layer := getattr(parent, name, None), kind)
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,10 @@ import numpy as np
 import optax
 from flax import nnx
 
+from experiments.batches import Batches
 from experiments.faults import Fault, rate_factor, spoil_batch, spoil_gradients
 from experiments.methods import guard_telemetry
-from experiments.models.loss import next_token_loss as model_loss
-from experiments.packing import Batch
+from experiments.models import loss as losses
 
 
 class TrainState(NamedTuple):
@@ -47,30 +47,26 @@ class Metrics(NamedTuple):
     guard: tuple[jax.Array, jax.Array] | None
 
 
-class Batches(Protocol):
-    """What is trained on: a pure function of the step, so that resuming needs no iterator."""
-
-    def chunk(self, step: int, count: int) -> Batch:
-        """The batches of `count` steps from `step` on, stacked on a new first axis."""
-        ...
-
-
 def next_token_loss(
-    graphdef: nnx.GraphDef, params: Any, frozen: Any, tokens_bt: jax.Array, segments_bt=None
+    graphdef: nnx.GraphDef,
+    params: Any,
+    frozen: Any,
+    tokens_bt: jax.Array,
+    segments_bt: jax.Array | None = None,
 ) -> jax.Array:
-    """Mean cross-entropy in nats of each token given those before it.
+    """`experiments.models.loss.next_token_loss` as a function of what trains.
 
     Args:
       graphdef: The model's structure.
       params: The part of the model's state that trains.
       frozen: The other part.
       tokens_bt: Token ids, int32 of shape (b, t + 1).
-      segments_bt: Document of each token, int32 of shape (b, t + 1); by default one per row.
+      segments_bt: Documents of a packed batch, int32 of shape (b, t + 1).
 
     Returns:
-      The loss, float32 of shape ().
+      The mean over the tokens in nats, float32 of shape ().
     """
-    return model_loss(nnx.merge(graphdef, params, frozen), tokens_bt, segments_bt)
+    return losses.next_token_loss(nnx.merge(graphdef, params, frozen), tokens_bt, segments_bt)
 
 
 class Trainer:

@@ -11,17 +11,22 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
 EXPERIMENTS = (
-    "test_models",
-    "test_lora",
-    "test_data",
-    "test_corpus",
-    "test_tokenization",
-    "test_token_cache",
     "test_batches",
-    "test_packing",
-    "test_perplexity",
+    "test_corpus",
+    "test_data",
+    "test_hf",
+    "test_llama2c",
+    "test_lora",
     "test_lr_stress",
+    "test_models",
+    "test_packing",
+    "test_parity",
+    "test_peft",
+    "test_perplexity",
     "test_quality",
+    "test_sharding",
+    "test_token_cache",
+    "test_tokenization",
 )
 
 hypothesis.settings.register_profile(
@@ -41,3 +46,12 @@ def rank_promotion(request):
     allowed = request.module.__name__.rsplit(".")[-1] in EXPERIMENTS
     with jax.numpy_rank_promotion("allow" if allowed else "raise"):
         yield
+
+
+@pytest.fixture(scope="module")
+def cheap_compilation():
+    """Compiles a module's programs with few optimizations, where that takes most of the time."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

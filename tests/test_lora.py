@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.lora import TARGETS, LoRALinear, add_lora, merge_lora
+from experiments.lora import TARGETS, LoRALinear, add_lora, merge_lora, reseed_dropout
 from experiments.models.config import DecoderConfig
 from experiments.models.decoder import Decoder
+
+pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
 RANK, ALPHA = 3, 6.0
 TOKENS = jnp.arange(14).reshape(2, 7)
@@ -39,11 +41,11 @@ def test_starts_as_the_base_model(model):
 def test_every_linear_layer_of_the_layers_is_adapted(model):
     add_lora(model, RANK, ALPHA, rngs=nnx.Rngs(1))
     adapted = [layer for _, layer in nnx.iter_modules(model) if isinstance(layer, LoRALinear)]
-    assert len(adapted) == len(TARGETS) * 2
+    assert len(adapted) == len(TARGETS)  # Each is a stack of two.
     adapters = nnx.state(model, nnx.LoRAParam)
     sizes = sum(leaf.size for leaf in jax.tree.leaves(adapters))
     widths = sum(layer.base.in_features + layer.base.out_features for layer in adapted)
-    assert sizes == RANK * widths
+    assert sizes == 2 * RANK * widths
 
 
 def test_layer_is_base_plus_scaled_product():
@@ -72,6 +74,48 @@ def test_only_adapters_have_gradients(model):
     # B = 0 stops the gradient of A at the first step, not that of B.
     assert float(jnp.abs(by_name["lora_a"][...]).max()) == 0
     assert float(jnp.abs(by_name["lora_b"][...]).max()) > 0
+
+
+def test_targets_choose_the_layers(model):
+    add_lora(model, RANK, ALPHA, targets=("q_proj", "v_proj"), rngs=nnx.Rngs(1))
+    names = {path[-2] for path, _ in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam))}
+    assert names == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("change", [{"rank": 0}, {"dropout": 1.0}, {"targets": ("q", "v_proj")}])
+def test_impossible_adapters_are_refused(model, change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        add_lora(model, **{"rank": RANK, "alpha": ALPHA, "rngs": nnx.Rngs(1)} | change)
+
+
+def test_each_layer_of_the_stack_starts_on_its_own(model):
+    add_lora(model, RANK, ALPHA, rngs=nnx.Rngs(1))
+    a = model.layers.self_attn.q_proj.lora_a[...]
+    assert a.shape == (2, 16, RANK)
+    assert not jnp.array_equal(a[0], a[1])
+    assert 0.7 / 4 < float(jnp.abs(a).max()) <= 1 / 4
+
+
+def test_dropout(model):
+    add_lora(model, RANK, ALPHA, dropout=0.5, rngs=nnx.Rngs(1))
+    set_b(model)
+
+    @nnx.jit
+    def seeded(model, key):
+        reseed_dropout(model, key)
+        return model(TOKENS)
+
+    first, same = (seeded(model, jax.random.key(2)) for _ in range(2))
+    np.testing.assert_array_equal(first, same)
+    assert not jnp.array_equal(first, seeded(model, jax.random.key(3)))
+    keys = model.layers.self_attn.q_proj.dropout.rngs.key[...]
+    assert len({tuple(key) for key in jax.random.key_data(keys).tolist()}) == 2
+    model.eval()
+    without = seeded(model, jax.random.key(2))
+    assert not jnp.array_equal(first, without)
+    np.testing.assert_array_equal(without, seeded(model, jax.random.key(3)))
+    merge_lora(model)
+    np.testing.assert_allclose(forward(model), without, atol=1e-4)
 
 
 def test_merge_keeps_the_outputs(model):

@@ -5,11 +5,16 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
+from model_helpers import PARAMETERS, published_config
 
 from experiments.models.config import DecoderConfig
 from experiments.models.decoder import Attention, Decoder, RMSNorm, apply_rope, rope_angles
+from experiments.models.loss import next_token_loss, next_token_sums
+
+pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
 TINY = DecoderConfig(
     hidden_size=16,
@@ -21,22 +26,9 @@ TINY = DecoderConfig(
     vocab_size=32,
 )
 
-# The published config.json, less what does not bear on the shape.
-QWEN2_5_HALF_B = {
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "max_position_embeddings": 32768,
-    "model_type": "qwen2",
-    "num_attention_heads": 14,
-    "num_hidden_layers": 24,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000.0,
-    "tie_word_embeddings": True,
-    "vocab_size": 151936,
-}
 TINYLLAMA = {
     "attention_bias": False,
+    "head_dim": 64,
     "hidden_size": 2048,
     "intermediate_size": 5632,
     "max_position_embeddings": 2048,
@@ -45,11 +37,10 @@ TINYLLAMA = {
     "num_hidden_layers": 22,
     "num_key_value_heads": 4,
     "rms_norm_eps": 1e-05,
-    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    "rope_theta": 10000.0,
     "tie_word_embeddings": False,
     "vocab_size": 32000,
 }
-
 
 forward = nnx.jit(lambda model, *inputs: model(*inputs))
 
@@ -58,19 +49,24 @@ def tokens(seed, shape=(2, 9)):
     return jax.random.randint(jax.random.key(seed), shape, 0, TINY.vocab_size)
 
 
-@pytest.mark.parametrize(
-    ("config", "count"), [(QWEN2_5_HALF_B, 494_032_768), (TINYLLAMA, 1_100_048_384)]
-)
-def test_published_models_have_their_published_size(config, count):
-    model = nnx.eval_shape(lambda: Decoder(DecoderConfig.from_hf(config), rngs=nnx.Rngs(0)))
+@pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
+def test_published_models_have_their_published_size(name, count):
+    config = DecoderConfig.from_hf(published_config(name))
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == count
 
 
 def test_from_hf_reads_both_places_of_rope_theta():
-    assert DecoderConfig.from_hf(QWEN2_5_HALF_B).rope_theta == 1e6
-    assert DecoderConfig.from_hf(TINYLLAMA).rope_theta == 1e4
+    after = {name: value for name, value in TINYLLAMA.items() if name != "rope_theta"}
+    after["rope_parameters"] = {"rope_theta": 10000.0, "rope_type": "default"}
+    assert DecoderConfig.from_hf(after) == DecoderConfig.from_hf(TINYLLAMA)
     assert DecoderConfig.from_hf(TINYLLAMA).attention_bias is False
-    assert DecoderConfig.from_hf(QWEN2_5_HALF_B).attention_bias is True
+    assert DecoderConfig.from_hf(TINYLLAMA | {"model_type": "qwen2"}).attention_bias is True
+
+
+@pytest.mark.parametrize("config", [TINY, DecoderConfig.from_hf(TINYLLAMA)])
+def test_to_hf_is_read_back(config):
+    assert DecoderConfig.from_hf(config.to_hf()) == config
 
 
 @pytest.mark.parametrize("change", [{"num_key_value_heads": 3}, {"head_dim": 5}])
@@ -104,6 +100,74 @@ def test_causal():
     assert (difference[5:] > 0).all()
 
 
+def test_each_document_of_a_packed_row_is_alone():
+    model = Decoder(TINY, rngs=nnx.Rngs(0))
+    packed = tokens(0, (1, 9))
+    segments = jnp.array([[1, 1, 1, 1, 2, 2, 2, 0, 0]])
+    logits = forward(model, packed, segments)
+    np.testing.assert_allclose(logits[:, :4], forward(model, packed[:, :4]), atol=1e-6)
+    np.testing.assert_allclose(logits[:, 4:7], forward(model, packed[:, 4:7]), atol=1e-6)
+    assert bool(jnp.isfinite(logits).all())
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_gradient(remat):
+    def grads(remat):
+        model = Decoder(TINY, remat=remat, rngs=nnx.Rngs(0))
+        graphdef, params = nnx.split(model)
+        loss = lambda params: next_token_loss(nnx.merge(graphdef, params), tokens(0))  # noqa: E731
+        return jax.jit(jax.grad(loss))(params)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads("none"), grads(remat)
+    )
+
+
+@pytest.mark.parametrize("setting", ["remat", "attention"])
+def test_unknown_setting_is_refused(setting):
+    with pytest.raises(ValueError, match=f"{setting}='fast'"):
+        Decoder(TINY, rngs=nnx.Rngs(0), **{setting: "fast"})
+
+
+def reference_losses(model, tokens_bt, segments_bt=None):
+    logits_btv = model(tokens_bt[:, :-1], None if segments_bt is None else segments_bt[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits_btv, tokens_bt[:, 1:])
+
+
+@pytest.mark.parametrize("chunk", [3, 4, 100])
+def test_loss_in_chunks_is_the_mean_over_all_positions(chunk):
+    model = Decoder(TINY, rngs=nnx.Rngs(0))
+    expected = reference_losses(model, tokens(1)).mean()
+    np.testing.assert_allclose(next_token_loss(model, tokens(1), chunk=chunk), expected, rtol=1e-6)
+
+
+def test_loss_counts_only_what_continues_a_document():
+    model = Decoder(TINY, rngs=nnx.Rngs(0))
+    segments = jnp.array([[1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 2, 2, 2, 2, 3, 3, 3]])
+    targets = jnp.array([[1, 1, 1, 0, 1, 1, 0, 0], [1, 0, 1, 1, 1, 0, 1, 1]])
+    losses = reference_losses(model, tokens(1), segments)
+    mean = next_token_loss(model, tokens(1), segments, chunk=4)
+    np.testing.assert_allclose(mean, (losses * targets).sum() / 11, rtol=1e-6)
+    counted = jnp.arange(8) >= 4
+    total, count = next_token_sums(model, tokens(1), segments, jnp.tile(counted, (2, 1)), chunk=4)
+    assert count == 5
+    np.testing.assert_allclose(total, (losses * targets * counted).sum(), rtol=1e-6)
+    assert next_token_loss(model, tokens(1), jnp.zeros((2, 9), jnp.int32)) == 0
+
+
+def test_loss_never_holds_all_logits():
+    model = Decoder(dataclasses.replace(TINY, vocab_size=1000), rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model)
+
+    def loss(params):
+        return next_token_loss(nnx.merge(graphdef, params), jnp.zeros((2, 65), jnp.int32), chunk=8)
+
+    text = jax.jit(jax.grad(loss)).lower(params).as_text()
+    assert "2x8x1000xf32" in text
+    assert "2x64x1000xf32" not in text
+    assert "8x2x8x1000xf32" not in text
+
+
 def test_grouped_attention_equals_attention_with_repeated_heads():
     grouped = Attention(TINY, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
     config = dataclasses.replace(TINY, num_key_value_heads=TINY.num_attention_heads)
@@ -120,7 +184,7 @@ def test_grouped_attention_equals_attention_with_repeated_heads():
         nnx.update(getattr(full, name), state)
 
     x = jax.random.normal(jax.random.key(2), (2, 9, TINY.hidden_size))
-    cos, sin = rope_angles(jnp.arange(9), TINY.head_dim, TINY.rope_theta)
+    cos, sin = rope_angles(jnp.arange(9)[None], TINY.head_dim, TINY.rope_theta)
     expected = forward(full, x, cos, sin)
     np.testing.assert_allclose(forward(grouped, x, cos, sin), expected, atol=1e-6)
 
@@ -130,9 +194,9 @@ def test_rope_products_depend_on_the_distance_only():
 
     @jax.jit
     def product(position_q, position_k):
-        cos, sin = rope_angles(jnp.array([position_q]), 8, 10_000.0)
+        cos, sin = rope_angles(jnp.array([[position_q]]), 8, 10_000.0)
         rotated_q = apply_rope(q, cos, sin)
-        cos, sin = rope_angles(jnp.array([position_k]), 8, 10_000.0)
+        cos, sin = rope_angles(jnp.array([[position_k]]), 8, 10_000.0)
         return jnp.vdot(rotated_q, apply_rope(k, cos, sin))
 
     np.testing.assert_allclose(product(7, 3), product(104, 100), rtol=1e-4)
@@ -141,9 +205,9 @@ def test_rope_products_depend_on_the_distance_only():
 
 
 def test_rope_angles_stay_exact_far_out():
-    cos, _ = rope_angles(jnp.array([2047]), 4, 10_000.0)
+    cos, _ = rope_angles(jnp.array([[2047]]), 4, 10_000.0)
     assert cos.dtype == jnp.float32
-    np.testing.assert_allclose(cos[0], np.cos([2047.0, 20.47]), atol=1e-4)
+    np.testing.assert_allclose(cos[0, 0], np.cos([2047.0, 20.47]), atol=1e-4)
 
 
 def test_rms_norm_is_taken_in_float32():

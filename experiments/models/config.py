@@ -6,6 +6,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.errors import UserError
+
+# Settings of the two families that would change the outputs -> the one value the decoder has.
+_FIXED = {
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "rope_scaling": None,
+    "use_sliding_window": False,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
@@ -55,15 +65,53 @@ class DecoderConfig:
             keep `rope_theta`, and both are read.
 
         Returns:
-          The shape, with `head_dim` and `attention_bias` filled in where the file leaves them out.
+          The shape, with `head_dim` and `attention_bias` filled in, which Qwen2's files leave out.
+
+        Raises:
+          UserError: The file describes a model that the decoder would not reproduce.
         """
-        names = {field.name for field in dataclasses.fields(cls)}
+        family = config.get("model_type")
+        rope = config.get("rope_parameters") or config
+        if family not in ("qwen2", "llama"):
+            raise UserError(f"config.json: model_type={family!r}: must be 'qwen2' or 'llama'")
+        fixed = _FIXED | ({"attention_bias": False} if family == "llama" else {})
+        found = {"rope_type": rope.get("rope_type", "default"), **config}
+        for name, value in {"rope_type": "default", **fixed}.items():
+            if found.get(name, value) != value:
+                raise UserError(f"config.json: {name}={found[name]!r}: only {value!r} is supported")
+
+        fields = dataclasses.fields(cls)
+        missing = [
+            field.name
+            for field in fields
+            if field.default is dataclasses.MISSING and field.name not in {"head_dim", *config}
+        ]
+        if missing:
+            raise UserError(f"config.json: lacks {', '.join(missing)}")
+        names = {field.name for field in fields}
         shape = {name: config[name] for name in names & config.keys()}
-        shape.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+        if shape.get("head_dim") is None:
+            shape["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
         # Qwen2's file does not say that its q, k and v have a bias: the model class does.
-        shape.setdefault("attention_bias", config.get("model_type") == "qwen2")
+        shape["attention_bias"] = family == "qwen2"
         # Hugging Face writes no key for a value that equals its class default, which is untied.
         shape.setdefault("tie_word_embeddings", False)
-        if "rope_parameters" in config:
-            shape["rope_theta"] = config["rope_parameters"]["rope_theta"]
+        if "rope_theta" in rope:
+            shape["rope_theta"] = rope["rope_theta"]
         return cls(**shape)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The content of a `config.json` that `from_hf` and `transformers` read.
+
+        A decoder with bias becomes a Qwen2, one without a Llama.
+        """
+        shape = dataclasses.asdict(self)
+        bias = shape.pop("attention_bias")
+        family = ("qwen2", "Qwen2ForCausalLM") if bias else ("llama", "LlamaForCausalLM")
+        model_type, architecture = family
+        return {
+            "architectures": [architecture],
+            "hidden_act": "silu",
+            "model_type": model_type,
+            **shape,
+        }

@@ -1,10 +1,13 @@
 """A Qwen2.5 / Llama decoder in Flax NNX.
 
 Axis letters in the names of arrays: b batch, t position, d hidden, n query head, k key-value head,
-h head width, v vocabulary.
+h head width, v vocabulary. The parameters of the layers are stacked on a leading axis, and a
+forward pass scans over it: the compiled program does not grow with the number of layers.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,39 +15,66 @@ from flax import nnx
 
 from experiments.models.config import DecoderConfig
 
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What the backward pass finds saved of each layer: all, the products with weights, its input."""
 
-def rope_angles(positions_t: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+
+def rope_angles(
+    positions_bt: jax.Array, head_dim: int, theta: float
+) -> tuple[jax.Array, jax.Array]:
     r"""Cosines and sines of the rotary position embedding.
 
     .. math:: \phi_{t,i} = t \, \theta^{-2i/h}, \quad i = 0, \dots, h/2 - 1
 
     Args:
-      positions_t: Positions, integers of shape (t,).
+      positions_bt: Positions, integers of shape (b, t); (1, t) where all sequences share them.
       head_dim: Width h of a head.
       theta: Base of the frequencies.
 
     Returns:
-      cos and sin of the angles, each float32 of shape (t, h / 2). They stay float32 in any model:
+      cos and sin of the angles, each float32 of shape (b, t, h / 2), in any model:
       bfloat16 cannot tell neighbouring positions above 256 apart.
     """
     exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    angles_th = positions_t.astype(jnp.float32)[:, None] * theta**-exponents
-    return jnp.cos(angles_th), jnp.sin(angles_th)
+    angles_bth = positions_bt.astype(jnp.float32)[..., None] * theta**-exponents
+    return jnp.cos(angles_bth), jnp.sin(angles_bth)
 
 
-def apply_rope(x_btnh: jax.Array, cos_th: jax.Array, sin_th: jax.Array) -> jax.Array:
+def segment_positions(segments_bt: jax.Array) -> jax.Array:
+    """Positions that restart at 0 in each segment.
+
+    Args:
+      segments_bt: Segment numbers, integers of shape (b, t); each segment is contiguous.
+
+    Returns:
+      Positions, integers of shape (b, t).
+
+    Example:
+      >>> segment_positions(jnp.array([[1, 1, 1, 2, 2, 0]]))
+      Array([[0, 1, 2, 0, 1, 0]], dtype=int32)
+    """
+    index_bt = jnp.broadcast_to(jnp.arange(segments_bt.shape[1]), segments_bt.shape)
+    starts_bt = jnp.diff(segments_bt, axis=1, prepend=-1) != 0
+    return index_bt - jax.lax.cummax(jnp.where(starts_bt, index_bt, 0), axis=1)
+
+
+def apply_rope(x_btnh: jax.Array, cos_bth: jax.Array, sin_bth: jax.Array) -> jax.Array:
     """Rotates the pairs (i, i + h/2) of each head, the half-split layout of Hugging Face.
 
     Args:
       x_btnh: Queries or keys, shape (b, t, n, h).
-      cos_th: From `rope_angles`, shape (t, h / 2).
-      sin_th: From `rope_angles`, shape (t, h / 2).
+      cos_bth: From `rope_angles`, shape (b, t, h / 2).
+      sin_bth: From `rope_angles`, shape (b, t, h / 2).
 
     Returns:
       The rotated array, of the shape and dtype of `x_btnh`.
     """
     first, second = jnp.split(x_btnh.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos_th[:, None, :], sin_th[:, None, :]
+    cos, sin = cos_bth[:, :, None, :], sin_bth[:, :, None, :]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_btnh.dtype)
 
@@ -71,8 +101,11 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Causal grouped-query attention: query heads n share key-value heads k in groups of n / k."""
 
-    def __init__(self, config: DecoderConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(
+        self, config: DecoderConfig, *, dtype, param_dtype, attention="xla", rngs: nnx.Rngs
+    ):
+        self.head_dim = config.head_dim
+        self.attention = attention
         width_q = config.num_attention_heads * config.head_dim
         width_kv = config.num_key_value_heads * config.head_dim
 
@@ -91,14 +124,25 @@ class Attention(nnx.Module):
         self.v_proj = linear(config.hidden_size, width_kv, config.attention_bias)
         self.o_proj = linear(width_q, config.hidden_size, False)
 
-    def __call__(self, x_btd: jax.Array, cos_th: jax.Array, sin_th: jax.Array) -> jax.Array:
-        """Attends from each position to itself and all before it; shape and dtype are kept."""
+    def __call__(
+        self,
+        x_btd: jax.Array,
+        cos_bth: jax.Array,
+        sin_bth: jax.Array,
+        segments_bt: jax.Array | None = None,
+    ) -> jax.Array:
+        """Attends from each position to itself and all before it in its segment; keeps shape."""
         b, t, _ = x_btd.shape
-        h = self.config.head_dim
-        q_btnh = apply_rope(self.q_proj(x_btd).reshape(b, t, -1, h), cos_th, sin_th)
-        k_btkh = apply_rope(self.k_proj(x_btd).reshape(b, t, -1, h), cos_th, sin_th)
+        h = self.head_dim
+        q_btnh = apply_rope(self.q_proj(x_btd).reshape(b, t, -1, h), cos_bth, sin_bth)
+        k_btkh = apply_rope(self.k_proj(x_btd).reshape(b, t, -1, h), cos_bth, sin_bth)
         v_btkh = self.v_proj(x_btd).reshape(b, t, -1, h)
-        out_btnh = jax.nn.dot_product_attention(q_btnh, k_btkh, v_btkh, is_causal=True)
+        mask = None
+        if segments_bt is not None:  # (b, 1, query position, key position)
+            mask = segments_bt[:, None, :, None] == segments_bt[:, None, None, :]
+        out_btnh = jax.nn.dot_product_attention(
+            q_btnh, k_btkh, v_btkh, mask=mask, is_causal=True, implementation=self.attention
+        )
         return self.o_proj(out_btnh.reshape(b, t, -1))
 
 
@@ -128,17 +172,25 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, config: DecoderConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, config: DecoderConfig, *, dtype, param_dtype, attention="xla", rngs: nnx.Rngs
+    ):
         types = {"dtype": dtype, "param_dtype": param_dtype}
         norm_args = (config.hidden_size, config.rms_norm_eps)
         self.input_layernorm = RMSNorm(*norm_args, param_dtype=param_dtype)
-        self.self_attn = Attention(config, **types, rngs=rngs)
+        self.self_attn = Attention(config, **types, attention=attention, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(*norm_args, param_dtype=param_dtype)
         self.mlp = MLP(config, **types, rngs=rngs)
 
-    def __call__(self, x_btd: jax.Array, cos_th: jax.Array, sin_th: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x_btd: jax.Array,
+        cos_bth: jax.Array,
+        sin_bth: jax.Array,
+        segments_bt: jax.Array | None = None,
+    ) -> jax.Array:
         """Runs the layer; shape and dtype are kept."""
-        x_btd = x_btd + self.self_attn(self.input_layernorm(x_btd), cos_th, sin_th)
+        x_btd = x_btd + self.self_attn(self.input_layernorm(x_btd), cos_bth, sin_bth, segments_bt)
         return x_btd + self.mlp(self.post_attention_layernorm(x_btd))
 
 
@@ -149,6 +201,10 @@ class Decoder(nnx.Module):
       config: The shape.
       dtype: Compute dtype of the matrix products and the residual stream.
       param_dtype: Dtype of the stored parameters.
+      remat: What the backward pass recomputes, from `REMAT_POLICIES`: "none", "dots" (all but the
+        products with weights) or "full" (each layer from its input).
+      attention: Implementation of `jax.nn.dot_product_attention`: "xla", or "cudnn" (flash
+        attention; an NVIDIA GPU and a 16-bit `dtype`).
       rngs: Where the initial values come from: kernels are LeCun normal, embeddings normal with
         the standard deviation 0.02 of GPT-2.
 
@@ -164,10 +220,19 @@ class Decoder(nnx.Module):
         *,
         dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype = jnp.float32,
+        remat: Literal["none", "dots", "full"] = "none",
+        attention: Literal["xla", "cudnn"] = "xla",
         rngs: nnx.Rngs,
     ):
+        for name, value, allowed in (
+            ("remat", remat, tuple(REMAT_POLICIES)),
+            ("attention", attention, ("xla", "cudnn")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
         types = {"dtype": dtype, "param_dtype": param_dtype}
         self.config = config
+        self.remat = remat
         self.embed_tokens = nnx.Embed(
             config.vocab_size,
             config.hidden_size,
@@ -175,34 +240,57 @@ class Decoder(nnx.Module):
             **types,
             rngs=rngs,
         )
-        self.layers = nnx.List(
-            DecoderLayer(config, **types, rngs=rngs) for _ in range(config.num_hidden_layers)
-        )
+
+        @nnx.split_rngs(splits=config.num_hidden_layers)
+        @nnx.vmap
+        def stacked_layers(rngs: nnx.Rngs) -> DecoderLayer:
+            return DecoderLayer(config, **types, attention=attention, rngs=rngs)
+
+        self.layers = stacked_layers(rngs)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype)
         if not config.tie_word_embeddings:
             self.lm_head = nnx.Linear(
                 config.hidden_size, config.vocab_size, use_bias=False, **types, rngs=rngs
             )
 
-    def __call__(self, tokens_bt: jax.Array) -> jax.Array:
+    def __call__(self, tokens_bt: jax.Array, segments_bt: jax.Array | None = None) -> jax.Array:
         """Logits of the next token at each position.
 
         Args:
           tokens_bt: Token ids, integers of shape (b, t), t <= max_position_embeddings.
+          segments_bt: Documents of a packed batch, integers of shape (b, t): 0 is padding, and
+            each document is a run of one other number. Positions restart in each, and attention
+            stays within each. None: one document per row.
 
         Returns:
           Logits, shape (b, t, v), in float32 whatever the compute dtype.
         """
+        return self.logits(self.hidden(tokens_bt, segments_bt))
+
+    def hidden(self, tokens_bt: jax.Array, segments_bt: jax.Array | None = None) -> jax.Array:
+        """What the output head reads: shape (b, t, d), in the compute dtype; see `__call__`."""
         t = tokens_bt.shape[1]
         if t > self.config.max_position_embeddings:
             raise ValueError(
                 f"{t} positions, but max_position_embeddings is "
                 f"{self.config.max_position_embeddings}"
             )
-        cos_th, sin_th = rope_angles(jnp.arange(t), self.config.head_dim, self.config.rope_theta)
-        x_btd = self.embed_tokens(tokens_bt)
-        for layer in self.layers:
-            x_btd = layer(x_btd, cos_th, sin_th)
-        x_btd = self.norm(x_btd)
-        head = self.embed_tokens.attend if self.config.tie_word_embeddings else self.lm_head
-        return head(x_btd).astype(jnp.float32)
+        positions_bt = (
+            jnp.arange(t)[None] if segments_bt is None else segment_positions(segments_bt)
+        )
+        angles = rope_angles(positions_bt, self.config.head_dim, self.config.rope_theta)
+        graphdef, parameters = nnx.split(self.layers)
+
+        def run_layer(x_btd, parameters):
+            return nnx.merge(graphdef, parameters)(x_btd, *angles, segments_bt), None
+
+        # A scan keeps the two passes apart as it is: no need for barriers against merging them.
+        run_layer = jax.checkpoint(run_layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        x_btd, _ = jax.lax.scan(run_layer, self.embed_tokens(tokens_bt), parameters)
+        return self.norm(x_btd)
+
+    def logits(self, x_btd: jax.Array) -> jax.Array:
+        """The output head: from `hidden` to float32 logits of shape (b, t, v)."""
+        tied = self.config.tie_word_embeddings
+        head_dv = self.embed_tokens.embedding[...].T if tied else self.lm_head.kernel[...]
+        return jnp.matmul(x_btd, head_dv.astype(x_btd.dtype), preferred_element_type=jnp.float32)

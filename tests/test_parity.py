@@ -1,0 +1,178 @@
+"""The decoder against PyTorch's Qwen2 and Llama, on random tiny models: same numbers everywhere.
+
+Tolerances, absolute, for values of order one: 1e-5 in float32; in bfloat16, whose numbers have
+three digits, 0.1 for logits (0.04 was measured) and 0.01 for the loss.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from model_helpers import LLAMA, QWEN
+from safetensors.numpy import load_file
+
+from experiments.models.decoder import rope_angles
+from experiments.models.hf import load_pretrained, save_pretrained
+from experiments.models.loss import next_token_loss
+from experiments.models.tensors import write_params
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.usefixtures("cheap_compilation")
+
+ATOL = 1e-5
+T = 9
+CONFIGS = {
+    "qwen, grouped, tied": QWEN,
+    "qwen, full, untied": dataclasses.replace(
+        QWEN, num_key_value_heads=4, tie_word_embeddings=False, head_dim=6
+    ),
+    "llama, grouped, untied": LLAMA,
+    "llama, one kv head, tied": dataclasses.replace(
+        LLAMA, num_key_value_heads=1, tie_word_embeddings=True
+    ),
+}
+SEGMENTS = {
+    "whole rows": None,
+    "padded right": [[1] * 6 + [0] * 3, [1] * 9],
+    "padded left": [[0] * 3 + [1] * 6, [1] * 9],
+    "packed": [[1, 1, 1, 1, 2, 2, 3, 3, 3], [1, 1, 2, 2, 2, 2, 2, 0, 0]],
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def pair(request, tmp_path_factory):
+    """The same weights in PyTorch and here, by way of the files that PyTorch's model writes."""
+    config = transformers.AutoConfig.for_model(**CONFIGS[request.param].to_hf())
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    folder = tmp_path_factory.mktemp("model")
+    theirs.save_pretrained(folder)
+    ours = load_pretrained(folder)
+    assert ours.config == CONFIGS[request.param]
+    return theirs, ours, folder
+
+
+def tokens():
+    return np.random.default_rng(0).integers(0, QWEN.vocab_size, (2, T))
+
+
+def run_torch(model, segments):
+    """Logits and loss, with the documents told apart by PyTorch's own means."""
+    labels = torch.tensor(tokens())
+    if segments is None:
+        return model(torch.tensor(tokens()), labels=labels)
+    segments = torch.tensor(segments)
+    starts = torch.diff(segments, dim=1, prepend=segments.new_full((2, 1), -1)) != 0
+    first = torch.cummax(torch.where(starts, torch.arange(T), 0), dim=1).values
+    same = segments[:, :, None] == segments[:, None, :]
+    allowed = same & torch.ones(T, T, dtype=torch.bool).tril()
+    mask = torch.zeros(allowed.shape, dtype=model.dtype)
+    mask = mask.masked_fill(~allowed, torch.finfo(model.dtype).min)[:, None]
+    return model(
+        torch.tensor(tokens()),
+        attention_mask=mask,
+        position_ids=torch.arange(T) - first,
+        labels=labels.masked_fill(starts | (segments == 0), -100),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_jax(graphdef, params, tokens_bt, segments_bt):
+    """Logits, loss and gradients."""
+
+    def loss(params):
+        return next_token_loss(nnx.merge(graphdef, params), tokens_bt, segments_bt, chunk=4)
+
+    logits_btv = nnx.merge(graphdef, params)(tokens_bt, segments_bt)
+    return logits_btv, *jax.value_and_grad(loss)(params)
+
+
+@pytest.mark.parametrize("documents", SEGMENTS)
+def test_logits_loss_and_gradients(pair, documents, tmp_path):
+    theirs, ours, _ = pair
+    segments = SEGMENTS[documents]
+    theirs.zero_grad()
+    expected = run_torch(theirs, segments)
+    expected.loss.backward()
+    segments = None if segments is None else np.array(segments)
+    logits, loss, grads = run_jax(*nnx.split(ours), tokens(), segments)
+    real = np.ones((2, T), bool) if segments is None else segments > 0
+    np.testing.assert_allclose(logits[real], expected.logits.detach()[real], atol=ATOL)
+    np.testing.assert_allclose(loss, expected.loss.item(), atol=ATOL)
+    write_params(grads, tmp_path / "grads")
+    grads = load_file(tmp_path / "grads")
+    expected = {name: parameter.grad.numpy() for name, parameter in theirs.named_parameters()}
+    assert grads.keys() == expected.keys()
+    for name, grad in grads.items():
+        np.testing.assert_allclose(grad, expected[name], atol=ATOL, err_msg=name)
+
+
+def test_a_2d_attention_mask_is_padding_to_the_right(pair):
+    theirs, ours, _ = pair
+    segments = np.array(SEGMENTS["padded right"])
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens()), attention_mask=torch.tensor(segments)).logits
+    logits = nnx.jit(lambda model: model(tokens(), jnp.asarray(segments)))(ours)
+    np.testing.assert_allclose(logits[segments > 0], expected[segments > 0], atol=ATOL)
+
+
+def test_modules(pair):
+    theirs, ours, _ = pair
+    graphdef, params = nnx.split(ours.layers)
+    layer = nnx.merge(graphdef, jax.tree.map(lambda x: x[1], params))
+    their_layer = theirs.model.layers[1]
+    x_btd = np.random.default_rng(0).standard_normal((2, T, QWEN.hidden_size), np.float32)
+    x = torch.tensor(x_btd)
+    angles = rope_angles(jnp.arange(T)[None], ours.config.head_dim, ours.config.rope_theta)
+    their_angles = theirs.model.rotary_emb(x, torch.arange(T)[None])
+    for mine, his in zip(angles, their_angles, strict=True):
+        np.testing.assert_allclose(np.tile(mine, 2), his, atol=ATOL)
+    rope = {"position_embeddings": their_angles, "attention_mask": None}
+    with torch.no_grad():
+        expected = {
+            "attention": their_layer.self_attn(x, **rope)[0],
+            "mlp": their_layer.mlp(x),
+            "norm": their_layer.input_layernorm(x),
+            "layer": their_layer(x, **rope),
+        }
+    found = nnx.jit(
+        lambda layer, x: {
+            "attention": layer.self_attn(x, *angles),
+            "mlp": layer.mlp(x),
+            "norm": layer.input_layernorm(x),
+            "layer": layer(x, *angles),
+        }
+    )(layer, x_btd)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, atol=ATOL, err_msg=name)
+
+
+def test_bfloat16(pair):
+    theirs, _, folder = pair
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    expected = run_torch(theirs, None)
+    ours = load_pretrained(folder, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    logits, loss = nnx.jit(lambda model: (model(tokens()), next_token_loss(model, tokens())))(ours)
+    np.testing.assert_allclose(logits, expected.logits.detach().float(), atol=0.1)
+    np.testing.assert_allclose(loss, expected.loss.item(), atol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_what_is_written_is_read_by_transformers(pair, tmp_path, dtype):
+    _, _, folder = pair
+    ours = load_pretrained(folder, param_dtype=dtype)
+    save_pretrained(ours, tmp_path)
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert back.dtype == (torch.float32 if dtype == jnp.float32 else torch.bfloat16)
+    first = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=back.dtype)
+    with torch.no_grad():
+        assert torch.equal(*(model(torch.tensor(tokens())).logits for model in (back, first)))
