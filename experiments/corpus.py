@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments.data import HELDOUT_FRACTION, is_utf8, walk
+from experiments.data import HELDOUT_FRACTION, Text, is_utf8, walk
 from experiments.errors import UserError
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
@@ -127,6 +127,12 @@ def wikitext103() -> Corpus:
     )
 
 
+def corpus_of_text(text: Text) -> Corpus:
+    """One text as a corpus: nine tenths to train on, and the rest half validation, half test."""
+    documents = Documents(text.name, lambda: [text.content.decode()])
+    return _divided(text.name, documents)
+
+
 def read_corpus(path: Path) -> Corpus:
     """The user's own documents.
 
@@ -154,15 +160,18 @@ def read_corpus(path: Path) -> Corpus:
             },
         )
     files = [file for file in walk(path) if _is_readable(file)] if path.is_dir() else [path]
-    everything = Documents(str(path), functools.partial(_read_files, files))
+    return _divided(str(path), Documents(str(path), functools.partial(_read_files, files)))
+
+
+def _divided(name: str, everything: Documents) -> Corpus:
     size = everything.digest.characters
     train = size - int(size * HELDOUT_FRACTION)
     validation = train + (size - train) // 2
     parts = {TRAIN: (0, train), VALIDATION: (train, validation), TEST: (validation, size)}
     return Corpus(
-        str(path),
+        name,
         {
-            split: Documents(f"{path}, {split}", functools.partial(_part, everything, *bounds))
+            split: Documents(f"{name}, {split}", functools.partial(_part, everything, *bounds))
             for split, bounds in parts.items()
         },
     )

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from tqdm import tqdm
 
 from experiments.checkpoint import Checkpoints
-from experiments.dataset import Dataset
+from experiments.data import standard_library
+from experiments.dataset import Dataset, checkpoint
 from experiments.faults import Fault
 from experiments.jobs import Job
 from experiments.lora import add_lora
@@ -55,10 +57,16 @@ class Finetune:
         self._dataset = dataset
         base = job.base
         if base.recipe is not None:
-            model = pretrained(base.config, job.dtype, job.seq_len, base.recipe)
+            model = pretrained(base.config, job.dtype, job.seq_len, base.recipe, standard_library())
         else:
-            source = base.name if models is None else models / base.name.split("/")[-1]
-            model = load_pretrained(source, dtype=job.dtype, remat=job.remat)
+            model = load_pretrained(
+                checkpoint(job, models),
+                dtype=jnp.dtype(job.dtype),
+                # What does not train is stored as it is computed with.
+                param_dtype=jnp.dtype(job.dtype if job.lora else job.param_dtype),
+                remat=job.remat,
+                attention=job.attention,
+            )
         self._base = nnx.split(model)
         self._trainers: dict[int, Trainer] = {}
 
@@ -87,9 +95,9 @@ class Finetune:
         graphdef = self.graphdef
 
         @jax.jit
-        def score(params, frozen, tokens_bt, counted_bt):
+        def score(params, frozen, tokens_bt, weights_bt):
             return next_token_sums(
-                nnx.merge(graphdef, params, frozen), tokens_bt, counted_bt=counted_bt
+                nnx.merge(graphdef, params, frozen), tokens_bt, counted_bt=weights_bt > 0
             )
 
         return score

@@ -1,7 +1,7 @@
 """The optimizers that are compared, and how to read the guard's state.
 
 A method is a function from the learning rate, a Python number or a traced scalar, to an optax
-transformation. To compare another one, add it to `METHODS`.
+transformation. To compare another one, add it to `PEERS`.
 """
 
 from __future__ import annotations
@@ -45,13 +45,6 @@ def guard(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation
     """AdamW, guarded with the guard's defaults and a log that holds the whole run."""
     return lbw_optax.guard(adamw(learning_rate), log_size=LOG_SIZE)
 
-
-METHODS: dict[str, Method] = {
-    "AdamW": adamw,
-    "AdamW + clip": adamw_clip,
-    "guard(AdamW)": guard,
-}
-"""Name in tables and plots -> the method."""
 
 ADAMW, GUARD = "AdamW", "guard(AdamW)"
 """The two names that verdicts are about."""

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 from tqdm import tqdm
 
+from experiments.batches import CroppedBatches
 from experiments.checkpoint import Checkpoints, cache_folder
 from experiments.data import Text, split
+from experiments.jobs import PretrainConfig
 from experiments.methods import pretraining
 from experiments.models.config import DecoderConfig
 from experiments.models.decoder import Decoder
-from experiments.presets import PretrainConfig
 from experiments.train import Metrics, Trainer
 
 
@@ -54,12 +55,14 @@ def pretrained(
     trainer = Trainer(
         graphdef,
         functools.partial(pretraining, steps=recipe.steps),
-        batch_size=recipe.batch_size,
-        seq_len=seq_len,
         chunk_steps=recipe.chunk_steps,
+        vocabulary=config.vocab_size,
     )
     state = checkpoints.restore_or(trainer.init(params, recipe.learning_rate))
     tokens, _ = split(text, seq_len)
+    batches = CroppedBatches(
+        tokens, jax.random.key(0), batch_size=recipe.batch_size, seq_len=seq_len
+    )
     with tqdm(
         total=recipe.steps, initial=int(state.step), desc="pretraining", unit="step"
     ) as progress:
@@ -68,16 +71,15 @@ def pretrained(
             progress.set_postfix(loss=f"{metrics.loss[-1]:.3f}", refresh=False)
             progress.update(len(metrics.loss))
 
-        state = trainer.fit(
+        state, _ = trainer.fit(
             state,
             frozen,
-            jnp.asarray(tokens),
-            jax.random.key(0),
+            batches,
             recipe.learning_rate,
             steps=recipe.steps,
-            checkpoints=checkpoints,
-            checkpoint_steps=recipe.checkpoint_steps,
             log=log,
+            save=checkpoints.save,
+            save_steps=recipe.checkpoint_steps,
         )
     checkpoints.close()
     return nnx.merge(graphdef, state.params, frozen)

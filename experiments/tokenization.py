@@ -73,13 +73,13 @@ class PretrainedTokenizer:
         from transformers import PreTrainedTokenizerFast  # A large package, needed here only.
 
         if not (folder / "tokenizer.json").is_file():
-            raise UserError(f"--tokenizer {folder}: there is no tokenizer.json in it")
+            raise UserError(f"tokenizer {folder}: there is no tokenizer.json in it")
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         leading = tokenizer("")["input_ids"]
         separator = leading[0] if leading else tokenizer.eos_token_id
         if separator is None:
             raise UserError(
-                f"--tokenizer {folder}: its tokenizer_config.json names no eos_token, "
+                f"tokenizer {folder}: its tokenizer_config.json names no eos_token, "
                 "which is needed between documents"
             )
         self.vocab_size = max(tokenizer.get_vocab().values()) + 1
@@ -117,7 +117,7 @@ def load_tokenizer(source: str) -> Tokenizer:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"--tokenizer {source}: not {BYTES!r}, no folder, and no model that the hub gives "
+            f"tokenizer {source}: not {BYTES!r}, no folder, and no model that the hub gives "
             f"({reason})"
         ) from error
     return PretrainedTokenizer(Path(folder))

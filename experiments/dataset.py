@@ -1,0 +1,75 @@
+"""What a fine-tuning job reads: its corpus as tokens, to train on and to be held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.batches import Batches
+from experiments.corpus import TEST, TRAIN, Corpus, corpus_of_text, read_corpus, wikitext103
+from experiments.data import python_manual
+from experiments.jobs import Job
+from experiments.packing import PackedBatches
+from experiments.perplexity import strided_perplexity, strided_windows
+from experiments.token_cache import TokenStream, tokenized
+from experiments.tokenization import BYTES, load_tokenizer
+
+CORPORA: dict[str, Callable[[], Corpus]] = {
+    "python-manual": lambda: corpus_of_text(python_manual()),
+    "wikitext-103": wikitext103,
+}
+"""Name in `Job.corpus` -> the corpus."""
+
+
+def corpus(job: Job, data: Path | None) -> Corpus:
+    """The user's own corpus if there is one, else the job's."""
+    return CORPORA[job.corpus]() if data is None else read_corpus(data)
+
+
+def checkpoint(job: Job, models: Path | None) -> str:
+    """Where the job's checkpoint is: a folder below `models`, or its name on the hub."""
+    return job.base.name if models is None else str(models / job.base.name.split("/")[-1])
+
+
+class Dataset:
+    """A job's tokens.
+
+    Args:
+      job: The job.
+      data: The user's own text; None takes the job's.
+      models: Folder of checkpoints, which have the tokenizers too; None looks on the hub.
+    """
+
+    def __init__(self, job: Job, data: Path | None, models: Path | None):
+        self._job = job
+        tokenizer = load_tokenizer(BYTES if job.base.recipe else checkpoint(job, models))
+        self.vocabulary = tokenizer.vocab_size
+        """Number of token ids."""
+        found = corpus(job, data)
+        self._train = tokenized(found.documents(TRAIN), tokenizer)
+        heldout = tokenized(found.documents(TEST), tokenizer)
+        if job.heldout_tokens is not None:
+            tokens = heldout.tokens[: job.heldout_tokens]
+            heldout = TokenStream(tokens, heldout.starts[heldout.starts < len(tokens)])
+        self._windows = strided_windows(
+            heldout,
+            seq_len=job.seq_len,
+            stride=job.stride or job.seq_len,
+            batch_size=job.heldout_batch_size,
+        )
+
+    def batches(self, seed: int) -> Batches:
+        """What a run of a seed is trained on."""
+        return PackedBatches(
+            self._train,
+            jax.random.key(seed),
+            batch_size=self._job.batch_size,
+            seq_len=self._job.seq_len,
+        )
+
+    def heldout_loss(self, score: Callable[[Any, Any], tuple[jax.Array, jax.Array]]) -> float:
+        """The held-out loss in nats per token, from a function that scores a batch of windows."""
+        return strided_perplexity(score, self._windows).loss
