@@ -177,6 +177,71 @@ def stressed_run(
         return _png(figure)
 
 
+def histograms(samples: Mapping[str, Sequence[float | None]], label: str) -> bytes:
+    """One histogram per method on a shared log axis, one above the other.
+
+    Args:
+      samples: Method -> positive values; those that are no number are left out.
+      label: Label of the axis.
+
+    Returns:
+      The PNG file.
+    """
+    found = {name: _positive(values) for name, values in samples.items()}
+    everything = np.concatenate(list(found.values()))
+    edges = np.geomspace(everything.min(), everything.max() * 1.001, 41)
+    with plt.rc_context(_STYLE):
+        figure, column = plt.subplots(
+            len(found), 1, figsize=(7, 1 + 0.9 * len(found)), sharex=True, layout="constrained"
+        )
+        for i, (axes, (name, values)) in enumerate(zip(column, found.items(), strict=True)):
+            last = i == len(found) - 1  # Ours.
+            axes.hist(values, bins=edges, color=_COLORS[2] if last else "0.55")
+            axes.set(xscale="log", yticks=[])
+            axes.set_title(name, loc="left", fontsize=9)
+        column[-1].set_xlabel(label)
+        return _png(figure)
+
+
+def quartiles(values: Sequence[float | None]) -> tuple[float, float, float]:
+    """First quartile, median and third quartile of the values that are positive numbers."""
+    low, middle, high = np.quantile(_positive(values), [0.25, 0.5, 0.75])
+    return float(low), float(middle), float(high)
+
+
+def _positive(values: Sequence[float | None]) -> np.ndarray:
+    return np.array([v for v in values if v is not None and 0 < v < math.inf] or [math.nan])
+
+
+def over_time(
+    curves: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str
+) -> bytes:
+    """Lines over time, the last one thick: ours.
+
+    Args:
+      curves: Name -> its (time, value) points.
+      x_label: Label of the times.
+      y_label: Label of the values.
+
+    Returns:
+      The PNG file.
+    """
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        for i, (name, points) in enumerate(curves.items()):
+            last = i == len(curves) - 1
+            axes.plot(
+                [x for x, _ in points],
+                [y for _, y in points],
+                color=_COLORS[2] if last else plt.get_cmap("tab20")(i % 20),
+                linewidth=2.5 if last else 1.2,
+                label=name,
+            )
+        axes.set(xlabel=x_label, ylabel=y_label)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right", fontsize=9)
+        return _png(figure)
+
+
 def _plain_log_ticks(axis: Axis) -> None:
     """Labels 1, 2, 5, 10, ...: an axis of less than a decade would else show a single number."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))

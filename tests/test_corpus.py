@@ -51,8 +51,9 @@ def test_rows_are_documents_or_the_lines_of_wikitext(tmp_path):
     rows = ["one", "", "two\nlines"]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": r}) + "\n" for r in rows))
     lines = ["" if line == " \n" else line for line in WIKITEXT.splitlines(keepends=True)]
-    table = datasets.Dataset.from_dict({"text": lines})
-    table.to_parquet(tmp_path / "test-00000-of-00001.parquet")
+    for i, part in enumerate((lines[:5], lines[5:])):  # The cut is inside an article.
+        table = datasets.Dataset.from_dict({"text": part})
+        table.to_parquet(tmp_path / f"test-0000{i}-of-00002.parquet")
     (tmp_path / "wiki.valid.raw").write_text(WIKITEXT)
     corpus = read_corpus(tmp_path)
     assert list(corpus.documents(TRAIN)) == ["one", "two\nlines"]

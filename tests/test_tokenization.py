@@ -79,7 +79,7 @@ def test_unusable_tokenizers_are_named(tmp_path, monkeypatch):
         raise OSError("cannot reach the hub\nmore")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(UserError, match=r"--tokenizer absent: .*\(cannot reach the hub\)$"):
+    with pytest.raises(UserError, match=r"tokenizer absent: .*\(cannot reach the hub\)$"):
         load_tokenizer("absent")
     with pytest.raises(UserError, match=r"no tokenizer\.json in it"):
         load_tokenizer(str(tmp_path))

@@ -17,7 +17,7 @@ from experiments import jobs, plots
 from experiments.errors import UserError
 from experiments.finetune import Run
 from experiments.jobs import Job
-from experiments.lab import Arguments, Lab, perplexity, times
+from experiments.lab import Arguments, Lab, Options, perplexity, times
 from experiments.methods import ADAMW, GUARD, baselines
 from experiments.report import Table, guard_table, number
 
@@ -63,7 +63,26 @@ def lr_stress(
       options: What every suite asks.
       methods: What is compared, by the names in the tables; `all` adds every peer.
     """
-    lab = Lab("lr-stress", options, PRESETS)
+    sweep_rates("lr-stress", "Learning-rate stress", options, PRESETS, methods)
+
+
+def sweep_rates(
+    suite: str,
+    title: str,
+    options: Options,
+    presets: Mapping[str, LrStressConfig],
+    methods: tuple[str, ...] = METHODS,
+) -> None:
+    """Measures methods over learning rates, as a suite.
+
+    Args:
+      suite: Name of the suite.
+      title: Title of its report.
+      options: What every suite asks.
+      presets: Name -> the suite's settings.
+      methods: What is compared, or `all`.
+    """
+    lab = Lab(suite, options, presets)
     job, multiples = lab.config.job, lab.config.multiples
     known = baselines(job.steps)
     chosen = tuple(known) if methods == ("all",) else methods
@@ -98,8 +117,8 @@ def lr_stress(
         guard_table({f"{m:g}x": records[GUARD, m] for m in multiples if (GUARD, m) in records})
     )
     best = min(ppl for _, ppl in curves.get(ADAMW, next(iter(curves.values()))))
-    title = f"{job.base.name} on {job.corpus}"
-    pictures = {"perplexity.png": plots.lr_curves(curves, zero_step, best, title)}
+    heading = f"{job.base.name} on {job.corpus}"
+    pictures = {"perplexity.png": plots.lr_curves(curves, zero_step, best, heading)}
     if {ADAMW, GUARD} <= set(chosen) and PLOTTED_MULTIPLE in multiples:
         stressed = {method: runs[method, PLOTTED_MULTIPLE].name for method in (ADAMW, GUARD)}
         pictures["stressed_run.png"] = plots.stressed_run(
@@ -109,7 +128,7 @@ def lr_stress(
             f"({times(job.reference_lr, PLOTTED_MULTIPLE):g})",
         )
     lab.publish(
-        "Learning-rate stress",
+        title,
         f"What does a learning rate above the tuned one do to the fine-tune of {job.base.name}, "
         f"and what is left of that with the guard? 1x is {job.reference_lr:g}.",
         tables,

@@ -1,0 +1,90 @@
+"""The suite `reference`: what the guard costs and gives where nothing goes wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from experiments import jobs, plots
+from experiments.finetune import Run
+from experiments.jobs import Job
+from experiments.lab import Arguments, Lab, perplexity
+from experiments.methods import ADAMW, baselines
+from experiments.report import Table, guard_table, number
+
+PAPER = [["AdamW", "13.21", "392.54"], ["LBW-Guard", "10.74", "357.02"]]
+"""The paper's perplexity and end-to-end seconds, for Qwen2.5-7B."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceConfig:
+    """Settings of the suite."""
+
+    job: Job
+    """What is fine-tuned."""
+    eval_steps: int
+    """Steps between measurements of the held-out loss, for the time to a perplexity."""
+
+
+PRESETS = {
+    "nano": ReferenceConfig(jobs.NANO, eval_steps=40),
+    "small": ReferenceConfig(jobs.SMALL, eval_steps=50),
+    "paper": ReferenceConfig(jobs.PAPER["7B"], eval_steps=20),
+}
+"""Name -> settings."""
+
+
+def reference(options: Arguments) -> None:
+    """Fine-tunes at the reference learning rate with AdamW, the guard and every peer.
+
+    Args:
+      options: What every suite asks.
+    """
+    lab = Lab("reference", options, PRESETS)
+    job = lab.config.job
+    methods = baselines(job.steps)
+    runs = [Run(name, name, job.reference_lr, options.seed) for name in methods]
+    zero_step = lab.zero_step(job)
+    records = lab.measure(job, runs, methods, lab.config.eval_steps)
+    curves = {
+        name: [(row["seconds"], row["heldout_loss"]) for row in lab.folder.evaluations(name)]
+        for name in methods
+    }
+    target = records[ADAMW]["heldout_loss"]
+    rows = []
+    for name, record in records.items():
+        reached = [second for second, loss in curves[name] if loss is not None and loss <= target]
+        rows.append(
+            [
+                name,
+                number(perplexity(record)),
+                f"{record['seconds']:.1f}",
+                f"{1000 * record['seconds'] / record['steps']:.1f}",
+                f"{min(reached):.1f}" if reached else "not reached",
+            ]
+        )
+    heading = ["method", "perplexity", "seconds", "ms per step", "seconds to AdamW's perplexity"]
+    tables = [
+        Table(
+            f"Reference setting (zero-step {number(zero_step)})",
+            heading,
+            rows,
+            "Seconds are of training alone, without compilation and evaluation; the time to "
+            f"AdamW's final perplexity is known to {lab.config.eval_steps} steps.",
+        )
+    ]
+    if options.preset == "paper":
+        tables.append(Table("The paper's", ["method", "perplexity", "seconds"], PAPER))
+    guarded = [name for name in records if "guard_regime" in records[name]]
+    tables.append(guard_table({name: records[name] for name in guarded}))
+    finite = {
+        name: [(second, math.exp(loss)) for second, loss in curve if loss is not None]
+        for name, curve in curves.items()
+    }
+    lab.publish(
+        "Reference setting",
+        f"What does each method make of {job.base.name} at its reference learning rate "
+        f"({job.reference_lr:g}), and what does it cost?",
+        tables,
+        {"perplexity.png": plots.over_time(finite, "seconds", "held-out perplexity")},
+    )

@@ -1,0 +1,88 @@
+"""The suite `sizes`: does the guard do the same for models of other sizes?"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from experiments import jobs
+from experiments.finetune import Run
+from experiments.jobs import Job
+from experiments.lab import Arguments, Lab, perplexity, times
+from experiments.methods import ADAMW, GUARD, baselines
+from experiments.report import Table, guard_table, number
+
+
+@dataclasses.dataclass(frozen=True)
+class SizesConfig:
+    """Settings of the suite."""
+
+    sizes: dict[str, Job]
+    """Name of a size -> what is fine-tuned."""
+    multiples: tuple[float, ...] = (1, 10)
+    """Learning rates, in units of the job's reference."""
+    methods: tuple[str, ...] = (ADAMW, "AdamW + clip", GUARD)
+    """What is compared."""
+
+
+def _nano_sizes() -> dict[str, Job]:
+    """Widths and depths that stand to each other as those of 3B, 7B and 14B, roughly."""
+    shapes = {"width 64, 3 layers": (64, 3), "width 112, 2 layers": (112, 2)}
+    shapes["width 160, 4 layers"] = (160, 4)
+    return {
+        name: dataclasses.replace(
+            jobs.NANO_SHORT,
+            base=jobs.Base(
+                name,
+                jobs.byte_decoder(width, layers, 8, 128),
+                dataclasses.replace(jobs.NANO_RECIPE, steps=1000),
+            ),
+        )
+        for name, (width, layers) in shapes.items()
+    }
+
+
+PRESETS = {
+    "nano": SizesConfig(_nano_sizes()),
+    "paper": SizesConfig({size: jobs.PAPER[size] for size in ("3B", "7B", "14B")}, (1, 5)),
+}
+"""Name -> settings."""
+
+
+def sizes(options: Arguments) -> None:
+    """Fine-tunes three sizes of one family, at the reference learning rate and above.
+
+    Args:
+      options: What every suite asks.
+    """
+    lab = Lab("sizes", options, PRESETS)
+    config = lab.config
+    rows, guarded = [], {}
+    for size, job in config.sizes.items():
+        runs = {
+            (method, multiple): Run(
+                f"{size}, {method} at {multiple:g}x",
+                method,
+                times(job.reference_lr, multiple),
+                options.seed,
+            )
+            for multiple in config.multiples
+            for method in config.methods
+        }
+        zero_step = lab.zero_step(job)
+        found = lab.measure(job, list(runs.values()), baselines(job.steps))
+        for multiple in config.multiples:
+            records = {method: found[runs[method, multiple].name] for method in config.methods}
+            rows.append(
+                [size, number(zero_step), f"{multiple:g}x"]
+                + [number(perplexity(record)) for record in records.values()]
+            )
+            guarded[f"{size}, {multiple:g}x"] = records[GUARD]
+    lab.publish(
+        "Sizes",
+        "Does the guard do for models of other sizes what it does for one?",
+        [
+            Table("Held-out perplexity", ["size", "zero-step", "LR", *config.methods], rows),
+            guard_table(guarded),
+        ],
+        {},
+    )

@@ -1,0 +1,38 @@
+"""The suite `tinyllama`: the same stress when all parameters train, without LoRA."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from experiments import jobs
+from experiments.lab import Arguments
+from experiments.suites.lr_stress import LrStressConfig, sweep_rates
+
+_NANO = dataclasses.replace(
+    jobs.NANO_SHORT,
+    base=jobs.Base(
+        "0.2M Llama",
+        # What makes a Llama of a Qwen2.5: no bias on queries, keys and values, a head of its own.
+        jobs.byte_decoder(
+            96, 2, 4, 128, attention_bias=False, tie_word_embeddings=False, rms_norm_eps=1e-5
+        ),
+        jobs.NANO_RECIPE,
+    ),
+    lora=None,
+    reference_lr=1e-3,
+)
+
+PRESETS = {
+    "nano": LrStressConfig(_NANO, (0.3, 1, 3, 10, 30, 100)),
+    "paper": LrStressConfig(jobs.PAPER["TinyLlama"], (0.5, 1, 5, 50, 150)),
+}
+"""Name -> settings."""
+
+
+def tinyllama(options: Arguments) -> None:
+    """Fine-tunes every parameter of a Llama, from a low learning rate to 100 times the best.
+
+    Args:
+      options: What every suite asks.
+    """
+    sweep_rates("tinyllama", "Every parameter of a Llama", options, PRESETS)
