@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import tyro
 
 from experiments.errors import UserError
-from experiments.suites.lr_stress import lr_stress
+from experiments.suites.everything import PAPER_SUITES, everything
 from experiments.suites.quality import quality
 from experiments.suites.study import study
 
-SUITES = {"lr-stress": lr_stress, "quality": quality, "study": study}
+SUITES = {**PAPER_SUITES, "all": everything, "quality": quality, "study": study}
 """Name on the command line -> the suite; its arguments and their help come from its signature."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from tqdm import tqdm
 
+from experiments.batches import Batch
 from experiments.checkpoint import Checkpoints
 from experiments.data import standard_library
 from experiments.dataset import Dataset, checkpoint
@@ -18,11 +20,12 @@ from experiments.faults import Fault
 from experiments.jobs import Job
 from experiments.lora import add_lora
 from experiments.methods import REGIMES, Method, evaluated, guard_record
+from experiments.models.decoder import Decoder
 from experiments.models.hf import load_pretrained
 from experiments.models.loss import next_token_sums
 from experiments.pretrain import pretrained
 from experiments.results import Results
-from experiments.train import Metrics, Trainer
+from experiments.train import Metrics, Trainer, next_token_loss
 
 
 class Run(NamedTuple):
@@ -43,6 +46,20 @@ class Run(NamedTuple):
     fault: Fault | None = None
 
 
+class Start(NamedTuple):
+    """A model before the first step.
+
+    Attributes:
+      graphdef: Its structure.
+      params: What trains, an `nnx.State`.
+      frozen: What does not.
+    """
+
+    graphdef: nnx.GraphDef
+    params: Any
+    frozen: Any
+
+
 class Finetune:
     """A job made ready.
 
@@ -55,60 +72,72 @@ class Finetune:
     def __init__(self, job: Job, dataset: Dataset, models: Path | None):
         self.job = job
         self._dataset = dataset
-        base = job.base
-        if base.recipe is not None:
-            model = pretrained(base.config, job.dtype, job.seq_len, base.recipe, standard_library())
-        else:
-            model = load_pretrained(
-                checkpoint(job, models),
-                dtype=jnp.dtype(job.dtype),
-                # What does not train is stored as it is computed with.
-                param_dtype=jnp.dtype(job.dtype if job.lora else job.param_dtype),
-                remat=job.remat,
-                attention=job.attention,
-            )
-        self._base = nnx.split(model)
-        self._trainers: dict[int, Trainer] = {}
+        self._base = nnx.split(_load(job, models))
+        self._trainers: dict[Method, Trainer] = {}
+        graphdef = self.start(0).graphdef
 
-    @functools.cached_property
-    def graphdef(self) -> nnx.GraphDef:
-        """Structure of the model that trains."""
-        return self.start(0)[0]
+        def loss(params, inputs):
+            frozen, batch = inputs
+            return next_token_loss(graphdef, params, frozen, batch.tokens, batch.segments)
 
-    def start(self, seed: int) -> tuple[nnx.GraphDef, Any, Any]:
-        """Structure, trained part and frozen part of the model before the first step."""
+        @jax.jit
+        def score(params, frozen, tokens_bt, weights_bt):
+            model = nnx.merge(graphdef, params, frozen)
+            return next_token_sums(model, tokens_bt, counted_bt=weights_bt > 0)
+
+        self.loss: Callable[[Any, tuple[Any, Batch]], jax.Array] = loss
+        """The loss of (params, (frozen, batch)), in nats."""
+        self._score = score
+
+    def start(self, seed: int) -> Start:
+        """The model before the first step of a run."""
         model, lora = nnx.merge(*self._base), self.job.lora
-        kind = nnx.Param
         if lora is not None:
-            kind = nnx.LoRAParam
             rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 0))
             model = add_lora(model, lora.rank, lora.alpha, targets=lora.targets, rngs=rngs)
-        graphdef, params, frozen = nnx.split(model, kind, ...)
-        return graphdef, jax.tree.map(lambda x: x.astype(self.job.param_dtype), params), frozen
+        graphdef, params, frozen = nnx.split(model, nnx.LoRAParam if lora else nnx.Param, ...)
+        params = jax.tree.map(lambda x: x.astype(self.job.param_dtype), params)
+        return Start(graphdef, params, frozen)
+
+    def batch(self, seed: int) -> Batch:
+        """The first batch of a run."""
+        return self._dataset.batches(seed).at(0)
 
     def heldout_loss(self, params: Any, frozen: Any) -> float:
         """The loss on the held-out text, in nats per token."""
         return self._dataset.heldout_loss(functools.partial(self._score, params, frozen))
 
-    @functools.cached_property
-    def _score(self):
-        graphdef = self.graphdef
+    def path(
+        self, method: Method, learning_rate: float, seed: int, stops: Iterable[int]
+    ) -> Iterator[Any]:
+        """What trains, after some of the steps of a run that is not recorded.
 
-        @jax.jit
-        def score(params, frozen, tokens_bt, weights_bt):
-            return next_token_sums(
-                nnx.merge(graphdef, params, frozen), tokens_bt, counted_bt=weights_bt > 0
+        Args:
+          method: The run's optimizer.
+          learning_rate: Its learning rate.
+          seed: Its seed.
+          stops: The steps, ascending multiples of the job's `chunk_steps`.
+
+        Yields:
+          The parameters, on the host.
+        """
+        trainer, start = self._trainer(method), self.start(seed)
+        state = trainer.init(start.params, learning_rate)
+        for stop in stops:
+            state, _ = trainer.fit(
+                state,
+                start.frozen,
+                self._dataset.batches(seed),
+                learning_rate,
+                steps=stop,
+                log=lambda step, metrics: None,
+                save=lambda step, state: None,
+                save_steps=stop,
             )
-
-        return score
+            yield jax.device_get(state.params)
 
     def do(
-        self,
-        run: Run,
-        method: Method,
-        folder: Results,
-        progress: tqdm,
-        eval_steps: int,
+        self, run: Run, method: Method, folder: Results, progress: tqdm, eval_steps: int
     ) -> None:
         """Does one run from where it was left, and records it.
 
@@ -119,60 +148,79 @@ class Finetune:
           progress: Counts the steps.
           eval_steps: Steps between measurements of the held-out loss; the last is always measured.
         """
-        job = self.job
-        # Trainers are told apart by their method: a learning rate is no new program.
-        trainer = self._trainers.get(id(method))
-        if trainer is None:
-            trainer = self._trainers[id(method)] = Trainer(
-                self.graphdef,
-                method,
-                chunk_steps=job.chunk_steps,
-                vocabulary=self._dataset.vocabulary,
-            )
-        _, params, frozen = self.start(run.seed)
+        job, trainer, start = self.job, self._trainer(method), self.start(run.seed)
         checkpoints = Checkpoints(folder.checkpoint_folder(run.name))
-        state = checkpoints.restore_or(trainer.init(params, run.learning_rate))
+        fault = run.fault and (run.fault, jax.random.fold_in(jax.random.key(run.seed), 1))
+        state = checkpoints.restore_or(trainer.init(start.params, run.learning_rate, fault))
         folder.start(run.name, int(state.step))
         progress.update(int(state.step))
-        done = {row["step"]: row for row in folder.evaluations(run.name)}
-        seconds = max((row["seconds"] for row in done.values()), default=0.0)
+        evaluations = {row["step"]: row for row in folder.evaluations(run.name)}
+        seconds = max((row["seconds"] for row in evaluations.values()), default=0.0)
 
         def log(step: int, metrics: Metrics) -> None:
             folder.log_metrics(_metric_rows(run, step, metrics))
             progress.set_postfix(loss=f"{metrics.loss[-1]:.3f}", refresh=False)
             progress.update(len(metrics.loss))
 
-        stops = [*range(eval_steps, job.steps, eval_steps), job.steps]
-        for stop in stops:
-            if stop in done or stop < int(state.step):
+        for stop in [*range(eval_steps, job.steps, eval_steps), job.steps]:
+            if stop < int(state.step) or stop in evaluations:
                 continue
             state, more = trainer.fit(
                 state,
-                frozen,
+                start.frozen,
                 self._dataset.batches(run.seed),
                 run.learning_rate,
                 steps=stop,
                 log=log,
                 save=checkpoints.save,
                 save_steps=job.checkpoint_steps,
-                fault=run.fault,
-                key=jax.random.fold_in(jax.random.key(run.seed), 1),
+                fault=fault,
             )
             seconds += more
-            loss = self.heldout_loss(evaluated(state.opt_state, state.params), frozen)
-            done[stop] = {"step": stop, "heldout_loss": loss, "seconds": seconds}
-            folder.log_metrics([{"run": run.name, **done[stop]}])
+            loss = self.heldout_loss(evaluated(state.opt_state, state.params), start.frozen)
+            evaluations[stop] = {"step": stop, "heldout_loss": loss, "seconds": seconds}
+            folder.log_metrics([{"run": run.name, **evaluations[stop]}])
         guard, events = guard_record(state.opt_state)
         checkpoints.close()
         record = {
             "method": run.method,
             "learning_rate": run.learning_rate,
             "seed": run.seed,
-            "heldout_loss": done[job.steps]["heldout_loss"],
-            "seconds": done[job.steps]["seconds"],
+            "heldout_loss": evaluations[job.steps]["heldout_loss"],
+            "seconds": evaluations[job.steps]["seconds"],
             "steps": job.steps,
         }
         folder.finish(run.name, record | guard, events)
+
+    def _trainer(self, method: Method) -> Trainer:
+        """The method's trainer: another learning rate or seed is no new program."""
+        if method not in self._trainers:
+            self._trainers[method] = Trainer(
+                self.start(0).graphdef,
+                method,
+                chunk_steps=self.job.chunk_steps,
+                vocabulary=self._dataset.vocabulary,
+            )
+        return self._trainers[method]
+
+
+def _load(job: Job, models: Path | None) -> Decoder:
+    """The base model, ready to be computed with as the job says."""
+    base, lora = job.base, job.lora
+    settings = {
+        "dtype": jnp.dtype(job.dtype),
+        # What does not train is stored as it is computed with.
+        "param_dtype": jnp.dtype(job.dtype if lora else job.param_dtype),
+        "remat": job.remat,
+        "attention": job.attention,
+    }
+    if base.recipe is None:
+        return load_pretrained(checkpoint(job, models), **settings)
+    made = pretrained(base.config, base.dtype, job.seq_len, base.recipe, standard_library())
+    model = nnx.eval_shape(lambda: Decoder(base.config, **settings, rngs=nnx.Rngs(0)))
+    cast = jax.tree.map(lambda x, like: x.astype(like.dtype), nnx.state(made), nnx.state(model))
+    nnx.update(model, cast)
+    return model
 
 
 def _metric_rows(run: Run, step: int, metrics: Metrics) -> list[dict[str, Any]]:

@@ -38,6 +38,8 @@ class Base:
     """Shape of the model that is pretrained here."""
     recipe: PretrainConfig | None = None
     """How."""
+    dtype: str = "float32"
+    """Compute dtype of the pretraining; parameters are float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +147,7 @@ SMALL = Job(
         PretrainConfig(
             steps=4000, batch_size=64, learning_rate=6e-4, chunk_steps=50, checkpoint_steps=1000
         ),
+        "bfloat16",
     ),
     corpus="python-manual",
     # A guess from LoRA practice (1e-4 to 1e-3), still to be tuned.

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -68,8 +68,8 @@ class Lab(Generic[Config]):
         self.options = options
         self.config = presets[options.preset]
         self._suite = suite
-        self._finetune = functools.lru_cache(maxsize=1)(self._make_finetune)
-        self._dataset = functools.lru_cache(maxsize=1)(self._make_dataset)
+        # The last one only: models are large.
+        self.finetune: Callable[[Job], Finetune] = functools.lru_cache(maxsize=1)(self._make)
         described = {
             "suite": suite,
             "preset": options.preset,
@@ -85,13 +85,16 @@ class Lab(Generic[Config]):
 
     def zero_step(self, job: Job) -> float:
         """Held-out perplexity of a job's model before the first step."""
+        return math.exp(self.zero_step_loss(job))
+
+    def zero_step_loss(self, job: Job) -> float:
+        """Held-out loss of a job's model before the first step, in nats per token."""
         name = f"zero-step, {job.base.name}, {'LoRA' if job.lora else 'full'}"
         if name not in self.folder.runs:
-            finetune = self._finetune(job)
-            _, params, frozen = finetune.start(self.options.seed)
-            loss = finetune.heldout_loss(params, frozen)
+            start = self.finetune(job).start(self.options.seed)
+            loss = self.finetune(job).heldout_loss(start.params, start.frozen)
             self.folder.finish(name, {"heldout_loss": loss})
-        return perplexity(self.folder.runs[name])
+        return self.folder.runs[name]["heldout_loss"]
 
     def measure(
         self,
@@ -113,7 +116,7 @@ class Lab(Generic[Config]):
         """
         todo = [run for run in runs if run.name not in self.folder.runs]
         if todo:
-            finetune = self._finetune(job)
+            finetune = self.finetune(job)
             total, left = len(runs) * job.steps, len(todo) * job.steps
             with tqdm(total=total, initial=total - left, unit="step") as progress:
                 for run in todo:
@@ -122,10 +125,6 @@ class Lab(Generic[Config]):
                         run, methods[run.method], self.folder, progress, eval_steps or job.steps
                     )
         return {run.name: self.folder.runs[run.name] for run in runs}
-
-    def finetune(self, job: Job) -> Finetune:
-        """The job made ready, for a suite that looks into its runs."""
-        return self._finetune(job)
 
     def publish(
         self,
@@ -150,11 +149,9 @@ class Lab(Generic[Config]):
         heading = f"{title}, {self.options.preset}"
         write_report(self.folder, heading, question, tables, pictures, made)
 
-    def _make_dataset(self, job: Job) -> Dataset:
-        return Dataset(job, self.options.data, self.options.models)
-
-    def _make_finetune(self, job: Job) -> Finetune:
-        return Finetune(job, self._dataset(job), self.options.models)
+    def _make(self, job: Job) -> Finetune:
+        dataset = Dataset(job, self.options.data, self.options.models)
+        return Finetune(job, dataset, self.options.models)
 
 
 def perplexity(record: Record) -> float:

@@ -95,6 +95,7 @@ def lower(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation
     return adamw(_shaped(learning_rate, lambda step: 0.1))
 
 
+@functools.cache  # Methods are told apart by identity: a new one would be compiled anew.
 def baselines(steps: int) -> dict[str, Method]:
     """Every method that the suites compare.
 

@@ -93,10 +93,7 @@ class Results:
 
     def write(self, name: str, content: str | bytes) -> None:
         """Replaces a file of the folder in one move."""
-        data = content.encode() if isinstance(content, str) else content
-        temporary = self.folder / f".{name}.tmp"
-        temporary.write_bytes(data)
-        os.replace(temporary, self.folder / name)
+        replace_file(self.folder / name, content)
 
     def write_csv(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Replaces a table of the folder; its columns are the keys of all rows, in order."""
@@ -148,6 +145,13 @@ class Results:
     def _append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         with (self.folder / name).open("a") as file:
             file.write("".join(map(_json_line, rows)))
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Writes a file in one move, so that a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(temporary, path)
 
 
 def _json_line(row: dict[str, Any]) -> str:

@@ -94,30 +94,33 @@ class Trainer:
         self._compiled: dict[bool, Any] = {}
         loss_fn = functools.partial(next_token_loss, graphdef)
 
+        def optimizer(learning_rate, fault):
+            rate = learning_rate
+            if fault is not None:  # Then a schedule, which has a state of its own.
+                rate = lambda step: learning_rate * rate_factor(*fault, step)  # noqa: E731
+            return optax.with_extra_args_support(make_tx(rate))
+
         @jax.jit
-        def init(params, learning_rate):
+        def init(params, learning_rate, fault):
             # train_chunk donates its state: what is in there must be a copy, and (being made in a
             # compiled function) no two of its leaves share a buffer.
             params = jax.tree.map(jnp.copy, params)
-            opt_state = make_tx(learning_rate).init(params)
+            opt_state = optimizer(learning_rate, fault).init(params)
             return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
         @functools.partial(jax.jit, donate_argnums=0)
-        def train_chunk(state, frozen, batches, learning_rate, fault, key):
-            rate = learning_rate
-            if fault is not None:
-                rate = lambda step: learning_rate * rate_factor(fault, key, step)  # noqa: E731
-            tx = optax.with_extra_args_support(make_tx(rate))
+        def train_chunk(state, frozen, batches, learning_rate, fault):
+            tx = optimizer(learning_rate, fault)
 
             def train_step(state, batch):
                 tokens = batch.tokens
                 if fault is not None:
-                    tokens = spoil_batch(fault, key, state.step, tokens, vocabulary)
+                    tokens = spoil_batch(*fault, state.step, tokens, vocabulary)
                 loss, grads = jax.value_and_grad(loss_fn)(
                     state.params, frozen, tokens, batch.segments
                 )
                 if fault is not None:
-                    loss, grads = spoil_gradients(fault, key, state.step, loss, grads)
+                    loss, grads = spoil_gradients(*fault, state.step, loss, grads)
                 updates, opt_state = tx.update(grads, state.opt_state, state.params, value=loss)
                 params = optax.apply_updates(state.params, updates)
                 metrics = Metrics(loss, optax.tree.norm(grads), guard_telemetry(opt_state))
@@ -128,9 +131,14 @@ class Trainer:
         self._init = init
         self._train_chunk = train_chunk
 
-    def init(self, params: Any, learning_rate: float) -> TrainState:
-        """The state before the first step, with a copy of the parameters."""
-        return self._init(params, jnp.asarray(learning_rate, jnp.float32))
+    def init(
+        self,
+        params: Any,
+        learning_rate: float,
+        fault: tuple[Fault, jax.Array] | None = None,
+    ) -> TrainState:
+        """The state before the first step, with a copy of the parameters; see `fit`."""
+        return self._init(params, jnp.asarray(learning_rate, jnp.float32), fault)
 
     def fit(
         self,
@@ -143,8 +151,7 @@ class Trainer:
         log: Callable[[int, Metrics], None],
         save: Callable[[int, TrainState], None],
         save_steps: int,
-        fault: Fault | None = None,
-        key: jax.Array | None = None,
+        fault: tuple[Fault, jax.Array] | None = None,
     ) -> tuple[TrainState, float]:
         """Trains to a number of steps, from the state's own step on.
 
@@ -157,8 +164,7 @@ class Trainer:
           log: Called with the step before a chunk, and the chunk's metrics on the host.
           save: Called with a step and the state after it.
           save_steps: How often, a multiple of `chunk_steps`; the last state is saved too.
-          fault: What goes wrong.
-          key: Random key of the fault.
+          fault: What goes wrong, and the random key of when.
 
         Returns:
           The state after `steps` steps, and the seconds that the steps took, compilation and
@@ -174,7 +180,7 @@ class Trainer:
                 pending = None
 
         for step in range(int(state.step), steps, self.chunk_steps):
-            arguments = (state, frozen, batches.chunk(step, self.chunk_steps), rate, fault, key)
+            arguments = (state, frozen, batches.chunk(step, self.chunk_steps), rate, fault)
             run = self._program(arguments)
             started = time.perf_counter()
             state, metrics = run(*arguments)
@@ -192,7 +198,7 @@ class Trainer:
 
     def _program(self, arguments: tuple) -> Callable[..., tuple[TrainState, Metrics]]:
         """The compiled chunk, so that no step's time contains its compilation."""
-        faulty = arguments[-2] is not None
+        faulty = arguments[-1] is not None
         if faulty not in self._compiled:
             self._compiled[faulty] = self._train_chunk.lower(*arguments).compile()
         return self._compiled[faulty]

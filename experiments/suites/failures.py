@@ -1,0 +1,145 @@
+"""The suite `failures`: what goes wrong in training, and how much compute is lost to it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from experiments import jobs
+from experiments.faults import Fault, drills
+from experiments.finetune import Run
+from experiments.jobs import Job
+from experiments.lab import Arguments, Lab, Record, perplexities, times
+from experiments.methods import ADAMW, GUARD, baselines
+from experiments.report import Table, number
+
+CLEAN = "nothing"
+"""Name of the scenario in which nothing goes wrong."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    """Something that goes wrong."""
+
+    job: Job
+    """The job in which it does."""
+    multiple: float = 1
+    """Learning rate, in units of the job's reference."""
+    fault: str = "none"
+    """Name of a fault of `experiments.faults.drills`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FailuresConfig:
+    """Settings of the suite."""
+
+    job: Job
+    """What is fine-tuned where nothing goes wrong."""
+    seeds: int = 2
+    """Number of seeds, from the chosen one on."""
+    methods: tuple[str, ...] = (
+        ADAMW,
+        "AdamW, LR / 10",
+        "AdamW, warmup + cosine",
+        "AdamW + clip",
+        "skip-step",
+        GUARD,
+    )
+    """What is compared."""
+
+    def scenarios(self) -> dict[str, Scenario]:
+        """Name -> what goes wrong."""
+        job = self.job
+        bfloat16 = dataclasses.replace(job, dtype="bfloat16", param_dtype="bfloat16")
+        return {
+            CLEAN: Scenario(job),
+            "learning rate x10": Scenario(job, multiple=10),
+            "learning rate x30 for 50 steps": Scenario(job, fault="learning rate x30, 50 steps"),
+            "learning rate x3, no warmup": Scenario(job, multiple=3),
+            "one sequence per step": Scenario(dataclasses.replace(job, batch_size=1)),
+            "bad data: 20 % random tokens, 30 steps": Scenario(
+                job, fault="20 % random tokens, 30 steps"
+            ),
+            "three gradients x1e6": Scenario(job, fault="gradient x1e6, 3 steps"),
+            "NaN gradients, 1 % of steps": Scenario(job, fault="NaN gradient, 1 % of steps"),
+            "everything in bfloat16": Scenario(bfloat16),
+        }
+
+
+PRESETS = {
+    "nano": FailuresConfig(jobs.NANO_SHORT),
+    "small": FailuresConfig(jobs.SMALL, seeds=1),
+    "paper": FailuresConfig(jobs.PAPER["7B"], seeds=1),
+}
+"""Name -> settings."""
+
+
+def failures(options: Arguments) -> None:
+    """Lets training fail in eight ways, and counts the compute that was for nothing.
+
+    Args:
+      options: What every suite asks.
+    """
+    lab = Lab("failures", options, PRESETS)
+    config = lab.config
+    zero_step = lab.zero_step(config.job)
+    zero_loss = lab.zero_step_loss(config.job)
+    faults: dict[str, Fault | None] = {**drills(config.job.steps), "none": None}
+    seeds = range(options.seed, options.seed + config.seeds)
+    records: dict[str, dict[str, list[Record]]] = {}
+    for name, scenario in config.scenarios().items():
+        job = scenario.job
+        runs = {
+            (method, seed): Run(
+                f"{name}: {method}, seed {seed}",
+                method,
+                times(job.reference_lr, scenario.multiple),
+                seed,
+                faults[scenario.fault],
+            )
+            for method in config.methods
+            for seed in seeds
+        }
+        found = lab.measure(job, list(runs.values()), baselines(job.steps))
+        records[name] = {
+            method: [found[runs[method, seed].name] for seed in seeds] for method in config.methods
+        }
+    clean = [record["heldout_loss"] for record in records[CLEAN][ADAMW]]
+    bar = (zero_loss + sum(clean) / len(clean)) / 2
+    failing = {name: cells for name, cells in records.items() if name != CLEAN}
+    productive = [
+        [method, *(_share([record for c in failing.values() for record in c[method]], bar))]
+        for method in config.methods
+    ]
+    lab.publish(
+        "Failures",
+        f"What becomes of a fine-tune of {config.job.base.name} when something goes wrong, and how "
+        "much of the compute ends in a run that can be used?",
+        [
+            Table(
+                f"Held-out perplexity (zero-step {number(zero_step)})",
+                ["what goes wrong", *config.methods],
+                [
+                    [name, *(perplexities(found) for found in cells.values())]
+                    for name, cells in records.items()
+                ],
+                f"Mean ± standard deviation over {config.seeds} seeds.",
+            ),
+            Table(
+                "Productive compute",
+                ["method", "usable runs", "productive steps", "steps", "share"],
+                productive,
+                "Over all scenarios but the first. A run is usable if it ends nearer to clean "
+                f"AdamW than to the untrained model: a held-out loss below {bar:.3f} nats. Its "
+                "steps are productive, those of the other runs are not.",
+            ),
+        ],
+        {},
+    )
+
+
+def _share(records: list[Record], bar: float) -> list[str]:
+    """Usable runs, their steps, all steps, and the share of the former in the latter."""
+    good = [r for r in records if r["heldout_loss"] is not None and r["heldout_loss"] < bar]
+    steps, useful = (sum(record["steps"] for record in group) for group in (records, good))
+    share = f"{useful / steps:.0%}"
+    return [f"{len(good)} of {len(records)}", str(useful), str(steps), share]
