@@ -31,6 +31,6 @@ def generate(model: Decoder, prompt_bt: jax.Array, length: int) -> jax.Array:
     def add_token(position, tokens_bt):
         # What comes after a position does not reach it: the zeros there are harmless.
         last_bd = model.hidden(tokens_bt)[:, position - 1]
-        return tokens_bt.at[:, position].set(jnp.argmax(model.logits(last_bd), axis=-1))
+        return tokens_bt.at[:, position].set(jnp.argmax(model.head()(last_bd), axis=-1))
 
     return jax.lax.fori_loop(t, length, add_token, tokens_bt)
