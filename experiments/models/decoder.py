@@ -7,13 +7,16 @@ forward pass scans over it: the compiled program does not grow with the number o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from experiments.models.config import DecoderConfig
+from experiments.models.sharding import BATCH, constrain
 
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
@@ -232,6 +235,7 @@ class Decoder(nnx.Module):
                 raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
         types = {"dtype": dtype, "param_dtype": param_dtype}
         self.config = config
+        self.dtype = dtype
         self.remat = remat
         self.embed_tokens = nnx.Embed(
             config.vocab_size,
@@ -265,7 +269,7 @@ class Decoder(nnx.Module):
         Returns:
           Logits, shape (b, t, v), in float32 whatever the compute dtype.
         """
-        return self.logits(self.hidden(tokens_bt, segments_bt))
+        return self.head()(self.hidden(tokens_bt, segments_bt))
 
     def hidden(self, tokens_bt: jax.Array, segments_bt: jax.Array | None = None) -> jax.Array:
         """What the output head reads: shape (b, t, d), in the compute dtype; see `__call__`."""
@@ -282,15 +286,27 @@ class Decoder(nnx.Module):
         graphdef, parameters = nnx.split(self.layers)
 
         def run_layer(x_btd, parameters):
-            return nnx.merge(graphdef, parameters)(x_btd, *angles, segments_bt), None
+            x_btd = nnx.merge(graphdef, parameters)(x_btd, *angles, segments_bt)
+            return constrain(x_btd, BATCH), None
 
         # A scan keeps the two passes apart as it is: no need for barriers against merging them.
         run_layer = jax.checkpoint(run_layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        x_btd, _ = jax.lax.scan(run_layer, self.embed_tokens(tokens_bt), parameters)
+        table_vd = constrain(self.embed_tokens.embedding[...], P("tensor", None))
+        x_btd = constrain(jnp.take(table_vd, tokens_bt, axis=0).astype(self.dtype), BATCH)
+        x_btd, _ = jax.lax.scan(run_layer, x_btd, parameters)
         return self.norm(x_btd)
 
-    def logits(self, x_btd: jax.Array) -> jax.Array:
-        """The output head: from `hidden` to float32 logits of shape (b, t, v)."""
+    def head(self) -> Callable[[jax.Array], jax.Array]:
+        """The output head, a function from `hidden` to float32 logits of shape (b, t, v).
+
+        It collects its parameters when it is made, so that a loop may call it again and again.
+        """
         tied = self.config.tie_word_embeddings
         head_dv = self.embed_tokens.embedding[...].T if tied else self.lm_head.kernel[...]
-        return jnp.matmul(x_btd, head_dv.astype(x_btd.dtype), preferred_element_type=jnp.float32)
+        head_dv = constrain(head_dv, P(None, "tensor"))
+
+        def logits(x_btd: jax.Array) -> jax.Array:
+            kernel_dv = head_dv.astype(x_btd.dtype)
+            return jnp.matmul(x_btd, kernel_dv, preferred_element_type=jnp.float32)
+
+        return logits

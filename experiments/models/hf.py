@@ -73,7 +73,9 @@ def save_pretrained(model: Decoder, folder: str | Path) -> None:
     """
     params = nnx.state(model, nnx.Param)
     if nnx.state(model, nnx.LoRAParam):
-        raise ValueError("model has adapters: call lora.merge_lora first, or peft.save_adapters")
+        raise ValueError(
+            "model has adapters: call lora.merge_lora first, or peft_format.save_adapters"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     dtype = model.embed_tokens.embedding.dtype

@@ -68,12 +68,12 @@ def next_token_sums(
         before_bt, after_bt = segments_bt[:, :-1], segments_bt[:, 1:]
         counts_bt = counts_bt & (before_bt == after_bt) & (after_bt > 0)
         segments_bt = before_bt
-    hidden_btd = model.hidden(inputs_bt, segments_bt)
+    hidden_btd, logits = model.hidden(inputs_bt, segments_bt), model.head()
 
     @jax.checkpoint
     def add_chunk(total, inputs):
         x_btd, targets_bt, counts_bt = inputs
-        losses_bt = optax.softmax_cross_entropy_with_integer_labels(model.logits(x_btd), targets_bt)
+        losses_bt = optax.softmax_cross_entropy_with_integer_labels(logits(x_btd), targets_bt)
         return total + jnp.sum(losses_bt, where=counts_bt), None
 
     chunks = jax.tree.map(lambda x: _split_positions(x, chunk), (hidden_btd, targets_bt, counts_bt))

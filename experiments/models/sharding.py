@@ -5,7 +5,8 @@ other: q, k, v, gate and up by their outputs, o and down by their inputs, so tha
 sum over tensor after the attention and one after the MLP (Shoeybi et al. 2019, Megatron-LM).
 Optimizer states follow their parameters; whatever is not a parameter's shape is replicated.
 
-The compiler inserts the communication: nothing else in the program knows of the mesh.
+The compiler inserts the communication. Run under `jax.set_mesh(mesh)`, so that the decoder tells
+it that activations stay split like the batch; without a mesh nothing here changes anything.
 """
 
 from __future__ import annotations
@@ -104,3 +105,12 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 def shard(tree: Any, mesh: Mesh) -> Any:
     """Moves each array to where `shardings` says."""
     return jax.device_put(tree, shardings(tree, mesh))
+
+
+def constrain(x: jax.Array, spec: P) -> jax.Array:
+    """Says where an intermediate array lives, where a mesh is set; else returns it as it is.
+
+    Left alone, the compiler may rather move the activations to the parts of the parameters.
+    """
+    under_mesh = "fsdp" in jax.sharding.get_abstract_mesh().axis_names
+    return jax.lax.with_sharding_constraint(x, spec) if under_mesh else x

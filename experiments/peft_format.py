@@ -1,0 +1,106 @@
+"""Adapters in the files of PEFT: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from flax import nnx
+from jax.sharding import Mesh
+
+from experiments.errors import UserError
+from experiments.lora import TARGETS, LoRALinear, add_lora, find_layers
+from experiments.models.decoder import Decoder
+from experiments.models.tensors import read_params, write_params
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# Settings of PEFT that would change the outputs -> the values that mean that they do not.
+_OFF = {
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    "alpha_pattern": (None, {}),
+    "layers_to_transform": (None,),
+    "lora_bias": (False,),
+    "modules_to_save": (None, []),
+    "rank_pattern": (None, {}),
+    "use_dora": (False,),
+    "use_rslora": (False,),
+}
+
+
+def save_adapters(model: Decoder, folder: str | Path, *, base: str | None = None) -> None:
+    """Writes a model's adapters to a folder that `load_adapters` and `peft` load.
+
+    Args:
+      model: A model that went through `lora.add_lora`.
+      folder: The folder; it is made where it is missing.
+      base: Where the model without adapters is to be found, for the reader's information.
+
+    Raises:
+      ValueError: The model has no adapters.
+    """
+    layers = {name: layer for _, name, layer in find_layers(model, LoRALinear)}
+    if not layers:
+        raise ValueError("model has no adapters: call lora.add_lora first")
+    layer = next(iter(layers.values()))
+    rank = layer.lora_a.shape[-1]
+    config = {
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "lora_alpha": layer.scaling * rank,
+        "lora_dropout": layer.dropout.rate,
+        "peft_type": "LORA",
+        "r": rank,
+        "target_modules": sorted(layers),
+        "task_type": "CAUSAL_LM",
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    write_params(nnx.state(model, nnx.LoRAParam), folder / WEIGHTS)
+
+
+def load_adapters(model: Decoder, folder: str | Path, *, mesh: Mesh | None = None) -> Decoder:
+    """Adds the adapters of a folder to a model, in place.
+
+    Args:
+      model: A model without adapters.
+      folder: What `save_adapters` or `peft` wrote.
+      mesh: Where the model lives; None: on one device.
+
+    Returns:
+      The same model.
+
+    Raises:
+      UserError: The folder holds no adapters, other ones than LoRA, or ones that do not fit.
+    """
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: has no {name}")
+    file = folder / CONFIG
+    config = json.loads(file.read_text())
+    targets = config.get("target_modules")
+    for name, allowed in {"peft_type": ("LORA",), **_OFF}.items():
+        if config.get(name, allowed[0]) not in allowed:
+            value = config[name]
+            raise UserError(
+                f"{folder}/{CONFIG}: {name}={value!r}: only {allowed[0]!r} is supported"
+            )
+    if not isinstance(targets, list) or set(targets) - set(TARGETS):
+        allowed = ", ".join(TARGETS)
+        raise UserError(f"{file}: target_modules={targets!r}: must be a list of {allowed}")
+    add_lora(
+        model,
+        config["r"],
+        config["lora_alpha"],
+        dropout=config.get("lora_dropout", 0.0),
+        targets=targets,
+        # Only dropout keeps something of these, and `reseed_dropout` replaces it.
+        rngs=nnx.Rngs(0),
+    )
+    adapters = nnx.state(model, nnx.LoRAParam)
+    nnx.update(model, read_params(adapters, [folder / WEIGHTS], mesh=mesh))
+    return model
