@@ -142,7 +142,7 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
             has_loss=jnp.zeros([], bool),
             has_params=jnp.zeros([], bool),
             statistics=sensing.init_statistics(),
-            controller=policy.init_controller(),
+            controller=policy.init_controller(law),
             ledger=ledger.init_ledger(log_size),
         )
 
@@ -173,7 +173,9 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
             state.controller, telemetry, state.statistics.observations, has_params, law, limits
         )
         pressure = telemetry.step_norm / bounds.healthy
-        diagnosis = interpretation.diagnose(telemetry, signals, pressure, law)
+        diagnosis = interpretation.diagnose(
+            telemetry, signals, pressure, state.controller.too_long, law
+        )
         regime, dwell = interpretation.next_regime(
             state.regime, state.dwell, diagnosis, state.scale, law
         )

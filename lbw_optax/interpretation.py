@@ -68,7 +68,9 @@ class Diagnosis(NamedTuple):
     calm: jax.Array  # shape=(), dtype=bool
 
 
-def diagnose(telemetry: Telemetry, signals: Signals, pressure: jax.Array, law: Law) -> Diagnosis:
+def diagnose(
+    telemetry: Telemetry, signals: Signals, pressure: jax.Array, too_long: jax.Array, law: Law
+) -> Diagnosis:
     """Names what is wrong with one step.
 
     A hard batch and a harmful step both raise the loss. They are told apart at once: a hard batch
@@ -79,6 +81,7 @@ def diagnose(telemetry: Telemetry, signals: Signals, pressure: jax.Array, law: L
       telemetry: this step.
       signals: this step compared with the run so far.
       pressure: length of the inner step over the longest healthy length.
+      too_long: steps in a row, before this one, whose pressure was above 1.
       law: the constants.
 
     Returns:
@@ -105,10 +108,12 @@ def diagnose(telemetry: Telemetry, signals: Signals, pressure: jax.Array, law: L
     alarm = jnp.select(found, [jnp.int32(c) for c, _, _ in table], jnp.int32(Cause.NONE))
     size = jnp.select(found, [jnp.asarray(x, jnp.float32) for _, _, x in table], pressure)
     bounce = s.overshoot - s.overshoot_error > law.stress_noise * noise
+    # One hard batch makes one long step: only a far too long one is suspected at once.
+    pressed = (pressure > law.brief_pressure) | ((pressure > 1) & (too_long >= law.brief_steps))
     return Diagnosis(
         alarm=alarm,
         size=size,
-        suspicion=(pressure > 1) | bounce,
+        suspicion=pressed | bounce,
         # An empty step (a micro-batch that is only accumulated) shows nothing.
         calm=(pressure < law.calm_ratio) & (pressure > 0) & ~bounce,
     )

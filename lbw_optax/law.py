@@ -95,6 +95,11 @@ class Law:
     """Two-sided test: the gradient norm fell by this factor while the loss jumped."""
     spike_ratio: float = 10.0
     """Gradient spike: gradient norm over its running mean. Healthy first steps stay below 5."""
+    brief_pressure: float = 2.0
+    """Pressure, the length of a step over the healthy length, that is suspected at once."""
+    brief_steps: int = 2
+    """Steps in a row that may have a lower pressure above 1 before it counts as stress: at small
+    batches healthy runs have single ones of 1.1."""
     calm_ratio: float = 0.5
     """Hysteresis: STRESS starts at the healthy length and ends below this share of it."""
     calm_steps: int = 50

@@ -46,6 +46,7 @@ class Controller(NamedTuple):
       last_slope: slope at the start of the last applied step, in units of the loss.
       rejections: held or undone steps in a row.
       nonfinites: non-finite observations in a row.
+      too_long: steps in a row that were longer than is healthy.
     """
 
     applied_scale: jax.Array  # shape=(), dtype=float32
@@ -56,6 +57,7 @@ class Controller(NamedTuple):
     last_slope: jax.Array  # shape=(), dtype=float32
     rejections: jax.Array  # shape=(), dtype=int32
     nonfinites: jax.Array  # shape=(), dtype=int32
+    too_long: jax.Array  # shape=(), dtype=int32
 
 
 class Command(NamedTuple):
@@ -88,10 +90,10 @@ class Envelope(NamedTuple):
     hard: jax.Array  # shape=(), dtype=float32
 
 
-def init_controller() -> Controller:
-    """Returns the controller of a run that has not begun."""
-    start = {"applied_scale": 1, "latch": 1, "earned": 1}
-    whole = ("rejections", "nonfinites")
+def init_controller(law: Law) -> Controller:
+    """Returns the controller of a run that has not begun; its very first steps are not excused."""
+    start = {"applied_scale": 1, "latch": 1, "earned": 1, "too_long": law.brief_steps}
+    whole = ("rejections", "nonfinites", "too_long")
     return Controller(
         **{
             name: jnp.full([], start.get(name, 0), jnp.int32 if name in whole else jnp.float32)
@@ -302,6 +304,9 @@ def decide(
         ),
         rejections=jnp.where(taken, 0, c.rejections + 1),
         nonfinites=jnp.where(nonfinite, c.nonfinites + 1, 0),
+        too_long=jnp.where(
+            moved, jnp.where(t.step_norm > bounds.healthy, c.too_long + 1, 0), c.too_long
+        ),
     )
     command = Command(
         action=action,
