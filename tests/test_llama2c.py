@@ -14,10 +14,11 @@ from experiments.models.generate import generate
 from experiments.models.llama2c import BOS, Llama2cTokenizer, load_llama2c
 from experiments.models.loss import next_token_sums
 
-HELD_OUT_LOSS = 1.2965
-"""Nats per token of stories260K on held-out TinyStories; 1.2968 is published."""
+STORIES, LOSS = 100, 1.2871
+"""Nats per token of stories260K on the first held-out stories of TinyStories.
 
-STORIES = 60
+On the first 500 it is 1.2969, on all 3,117 1.3034; 1.2968 is published, for other windows.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_held_out_loss(model, tokenizer, stories):
             tokens[row, : len(story)], segments[row, : len(story)] = story, 1
         batch_total, batch_count = sums(model, tokens, segments)
         total, count = total + float(batch_total), count + float(batch_count)
-    assert abs(total / count - HELD_OUT_LOSS) < 0.01
+    assert abs(total / count - LOSS) < 0.001
 
 
 def test_greedy_story(model, tokenizer):
