@@ -14,10 +14,11 @@ from experiments.models.generate import generate
 from experiments.models.llama2c import BOS, Llama2cTokenizer, load_llama2c
 from experiments.models.loss import next_token_sums
 
-HELD_OUT_LOSS = 1.2965
-"""Nats per token of stories260K on held-out TinyStories; 1.2968 is published."""
+STORIES, LOSS = 100, 1.2871
+"""Nats per token of stories260K on the first held-out stories of TinyStories.
 
-STORIES = 100
+On the first 500 it is 1.2969, on all 3,117 1.3034; 1.2968 is published, for other windows.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_held_out_loss(model, tokenizer, stories):
             tokens[row, : len(story)], segments[row, : len(story)] = story, 1
         batch_total, batch_count = sums(model, tokens, segments)
         total, count = total + float(batch_total), count + float(batch_count)
-    assert abs(total / count - HELD_OUT_LOSS) < 0.01
+    assert abs(total / count - LOSS) < 0.001
 
 
 def test_greedy_story(model, tokenizer):
@@ -66,35 +67,36 @@ def test_greedy_story(model, tokenizer):
 def write_file(path, model):
     """Writes a model the way llama2.c's exporter does: its q and k rotate neighbours."""
     config = model.config
+    params = {".".join(path): np.asarray(x[...]) for path, x in nnx.to_flat_state(nnx.state(model))}
 
     def neighbours(kernel_lio):
         layers, inputs, outputs = kernel_lio.shape
         pairs = kernel_lio.reshape(layers, inputs, -1, 2, config.head_dim // 2)
         return pairs.swapaxes(-1, -2).reshape(layers, inputs, outputs)
 
-    attention, mlp = model.layers.self_attn, model.layers.mlp
+    def kernel(name):
+        kernel_lio = params[f"layers.{name}.kernel"]
+        return (neighbours(kernel_lio) if name[-6:] in ("q_proj", "k_proj") else kernel_lio).mT
+
     parts = [
-        model.embed_tokens.embedding[...],
-        model.layers.input_layernorm.weight[...],
-        neighbours(attention.q_proj.kernel[...]).mT,
-        neighbours(attention.k_proj.kernel[...]).mT,
-        attention.v_proj.kernel[...].mT,
-        attention.o_proj.kernel[...].mT,
-        model.layers.post_attention_layernorm.weight[...],
-        mlp.gate_proj.kernel[...].mT,
-        mlp.down_proj.kernel[...].mT,
-        mlp.up_proj.kernel[...].mT,
-        model.norm.weight[...],
+        params["embed_tokens.embedding"],
+        params["layers.input_layernorm.weight"],
+        *(kernel(f"self_attn.{name}_proj") for name in "qkvo"),
+        params["layers.post_attention_layernorm.weight"],
+        *(kernel(f"mlp.{name}_proj") for name in ("gate", "down", "up")),
+        params["norm.weight"],
         np.zeros((8, config.head_dim)),
     ]
     vocab_size = config.vocab_size
     if not config.tie_word_embeddings:
-        parts.append(model.lm_head.kernel[...].mT)
+        parts.append(params["lm_head.kernel"].T)
         vocab_size = -vocab_size
     header = struct.pack("<7i", 16, 24, 2, 4, 2, vocab_size, 8)
     path.write_bytes(header + b"".join(np.asarray(part, "<f4").tobytes() for part in parts))
 
 
+# From here on; the loss above takes its time to compute, not to compile.
+@pytest.mark.usefixtures("cheap_compilation")
 @pytest.mark.parametrize("tied", [True, False])
 def test_file_is_read_back(tmp_path, tied):
     config = dataclasses.replace(
@@ -112,10 +114,11 @@ def test_file_is_read_back(tmp_path, tied):
         load_llama2c(tmp_path / "model.bin")
 
 
+@pytest.mark.usefixtures("cheap_compilation")
 def test_generate_takes_the_most_likely_token():
     model = decoder(QWEN)
     prompt = jnp.array([[3, 1, 4], [1, 5, 9]])
     tokens = generate(model, prompt, 6)
-    for _ in range(3):
-        prompt = jnp.append(prompt, model(prompt)[:, -1].argmax(-1)[:, None], axis=1)
-    np.testing.assert_array_equal(tokens, prompt)
+    np.testing.assert_array_equal(tokens[:, :3], prompt)
+    logits = nnx.jit(lambda model: model(tokens))(model)
+    np.testing.assert_array_equal(tokens[:, 3:], logits[:, 2:5].argmax(-1))

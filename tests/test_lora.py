@@ -22,7 +22,7 @@ forward = nnx.jit(lambda model: model(TOKENS))
 @pytest.fixture
 def model():
     config = DecoderConfig(16, 24, 2, 4, 2, 4, vocab_size=32)
-    return Decoder(config, rngs=nnx.Rngs(0))
+    return nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
 
 
 def set_b(model):

@@ -1,6 +1,7 @@
 """The decoder: its size, shapes, causality, attention, position embedding and norm."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,11 @@ TINYLLAMA = {
 forward = nnx.jit(lambda model, *inputs: model(*inputs))
 
 
+@nnx.jit(static_argnames=("config", "remat", "dtype"))
+def make(config=TINY, **settings):
+    return Decoder(config, **settings, rngs=nnx.Rngs(0))
+
+
 def tokens(seed, shape=(2, 9)):
     return jax.random.randint(jax.random.key(seed), shape, 0, TINY.vocab_size)
 
@@ -79,7 +85,7 @@ def test_impossible_shape_is_refused(change):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_logits_are_float32_of_the_right_shape(tied, dtype):
     config = dataclasses.replace(TINY, tie_word_embeddings=tied)
-    logits = forward(Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)), tokens(0))
+    logits = forward(make(config, dtype=dtype), tokens(0))
     assert logits.shape == (2, 9, TINY.vocab_size)
     assert logits.dtype == jnp.float32
     assert bool(jnp.isfinite(logits).all())
@@ -92,7 +98,7 @@ def test_too_long_a_sequence_is_refused():
 
 
 def test_causal():
-    model = Decoder(TINY, rngs=nnx.Rngs(0))
+    model = make()
     before = tokens(0)
     after = before.at[:, 5].add(1) % TINY.vocab_size
     difference = jnp.abs(forward(model, after) - forward(model, before)).max(axis=(0, 2))
@@ -101,7 +107,7 @@ def test_causal():
 
 
 def test_each_document_of_a_packed_row_is_alone():
-    model = Decoder(TINY, rngs=nnx.Rngs(0))
+    model = make()
     packed = tokens(0, (1, 9))
     segments = jnp.array([[1, 1, 1, 1, 2, 2, 2, 0, 0]])
     logits = forward(model, packed, segments)
@@ -110,17 +116,23 @@ def test_each_document_of_a_packed_row_is_alone():
     assert bool(jnp.isfinite(logits).all())
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_no_gradient(remat):
+def test_remat_changes_no_gradient():
     def grads(remat):
-        model = Decoder(TINY, remat=remat, rngs=nnx.Rngs(0))
-        graphdef, params = nnx.split(model)
-        loss = lambda params: next_token_loss(nnx.merge(graphdef, params), tokens(0))  # noqa: E731
-        return jax.jit(jax.grad(loss))(params)
+        graphdef, params = nnx.split(make(remat=remat))
+        return jax.jit(
+            jax.grad(lambda params: next_token_loss(nnx.merge(graphdef, params), tokens(0)))
+        )(params)
 
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads("none"), grads(remat)
-    )
+    expected = grads("none")
+    for remat in ("dots", "full"):
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, atol=1e-6), grads(remat), expected
+        )
+
+
+def test_one_segment_is_no_segments():
+    whole = forward(make(), tokens(0), jnp.full((2, 9), 7))
+    np.testing.assert_allclose(whole, forward(make(), tokens(0)), atol=1e-6)
 
 
 @pytest.mark.parametrize("setting", ["remat", "attention"])
@@ -130,29 +142,33 @@ def test_unknown_setting_is_refused(setting):
 
 
 def reference_losses(model, tokens_bt, segments_bt=None):
-    logits_btv = model(tokens_bt[:, :-1], None if segments_bt is None else segments_bt[:, :-1])
+    segments_bt = None if segments_bt is None else segments_bt[:, :-1]
+    logits_btv = forward(model, tokens_bt[:, :-1], segments_bt)
     return optax.softmax_cross_entropy_with_integer_labels(logits_btv, tokens_bt[:, 1:])
 
 
 @pytest.mark.parametrize("chunk", [3, 4, 100])
 def test_loss_in_chunks_is_the_mean_over_all_positions(chunk):
-    model = Decoder(TINY, rngs=nnx.Rngs(0))
+    model = make()
     expected = reference_losses(model, tokens(1)).mean()
-    np.testing.assert_allclose(next_token_loss(model, tokens(1), chunk=chunk), expected, rtol=1e-6)
+    loss = nnx.jit(functools.partial(next_token_loss, chunk=chunk))(model, tokens(1))
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
 def test_loss_counts_only_what_continues_a_document():
-    model = Decoder(TINY, rngs=nnx.Rngs(0))
+    model = make()
     segments = jnp.array([[1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 2, 2, 2, 2, 3, 3, 3]])
     targets = jnp.array([[1, 1, 1, 0, 1, 1, 0, 0], [1, 0, 1, 1, 1, 0, 1, 1]])
     losses = reference_losses(model, tokens(1), segments)
-    mean = next_token_loss(model, tokens(1), segments, chunk=4)
-    np.testing.assert_allclose(mean, (losses * targets).sum() / 11, rtol=1e-6)
+    sums = nnx.jit(functools.partial(next_token_sums, chunk=4))
+    total, count = sums(model, tokens(1), segments)
+    assert count == 11
+    np.testing.assert_allclose(total, (losses * targets).sum(), rtol=1e-6)
     counted = jnp.arange(8) >= 4
-    total, count = next_token_sums(model, tokens(1), segments, jnp.tile(counted, (2, 1)), chunk=4)
+    total, count = sums(model, tokens(1), segments, jnp.tile(counted, (2, 1)))
     assert count == 5
     np.testing.assert_allclose(total, (losses * targets * counted).sum(), rtol=1e-6)
-    assert next_token_loss(model, tokens(1), jnp.zeros((2, 9), jnp.int32)) == 0
+    assert nnx.jit(next_token_loss)(model, tokens(1), jnp.zeros((2, 9), jnp.int32)) == 0
 
 
 def test_loss_never_holds_all_logits():

@@ -23,8 +23,7 @@ pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
 STEPS, BATCH_SIZE, T = 10, 8, 8
 KINDS = pytest.mark.parametrize("kind", [nnx.Param, nnx.LoRAParam], ids=["full", "lora"])
-# A rate that diverges without the guard, for each kind.
-STRESSED = {nnx.Param: 0.3, nnx.LoRAParam: 3.0}
+RATE = 0.1  # A hundred times what is usual: the guard has to act at every step.
 
 
 def split(model, kind):
@@ -94,7 +93,7 @@ def train_step(tx, graphdef, frozen, carry, tokens_bt):
 def train(config, kind, mesh):
     """Losses and guard state of a few stressed steps."""
     graphdef, params, frozen = split(decoder(config), kind)
-    tx = lbw_optax.guard(optax.adamw(STRESSED[kind]))
+    tx = lbw_optax.guard(optax.adamw(RATE))
     rng = np.random.default_rng(0)
     batches = rng.integers(0, 8, (STEPS, BATCH_SIZE, T + 1), np.int32)
     params, frozen = shard(params, mesh), shard(frozen, mesh)
@@ -133,8 +132,11 @@ def test_eight_devices_decide_as_one(config, kind):
     )
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
-@KINDS
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, nnx.Param) for name in PARAMETERS]
+    + [("Qwen2.5-0.5B", nnx.LoRAParam), ("TinyLlama-1.1B", nnx.LoRAParam)],
+)
 def test_published_models_lower_on_a_mesh(name, kind):
     """Nothing is allocated: it is traced, and every shape divides by its parts of the mesh."""
     mesh = make_mesh(data=1, fsdp=4, tensor=2)

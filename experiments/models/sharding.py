@@ -67,8 +67,8 @@ def partition_spec(path: Sequence[str], ndim: int) -> P:
       The spec: one entry per axis, the axis of stacked layers never split; or `P()`.
 
     Example:
-      >>> partition_spec(("layers", "self_attn", "q_proj", "kernel"), 3)
-      PartitionSpec(None, 'fsdp', 'tensor')
+      >>> tuple(partition_spec(("layers", "self_attn", "q_proj", "kernel"), 3))
+      (None, 'fsdp', 'tensor')
     """
     inputs, outputs = next((_KERNELS[name] for name in path if name in _KERNELS), (None, None))
     spec = {
