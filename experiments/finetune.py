@@ -124,13 +124,13 @@ class Finetune:
         trainer, start = self._trainer(method), self.start(seed)
         state = trainer.init(start.params, learning_rate)
         for stop in stops:
-            state, _ = trainer.fit(
+            state = trainer.fit(
                 state,
                 start.frozen,
                 self._dataset.batches(seed),
                 learning_rate,
                 steps=stop,
-                log=lambda step, metrics: None,
+                log=lambda step, metrics, seconds: None,
                 save=lambda step, state: None,
                 save_steps=stop,
             )
@@ -155,17 +155,19 @@ class Finetune:
         folder.start(run.name, int(state.step))
         progress.update(int(state.step))
         evaluations = {row["step"]: row for row in folder.evaluations(run.name)}
-        seconds = max((row["seconds"] for row in evaluations.values()), default=0.0)
+        total = sum(row["seconds"] for row in folder.metrics(run.name))
 
-        def log(step: int, metrics: Metrics) -> None:
-            folder.log_metrics(_metric_rows(run, step, metrics))
+        def log(step: int, metrics: Metrics, seconds: float) -> None:
+            nonlocal total
+            total += seconds
+            folder.log_metrics(_metric_rows(run, step, metrics, seconds))
             progress.set_postfix(loss=f"{metrics.loss[-1]:.3f}", refresh=False)
             progress.update(len(metrics.loss))
 
         for stop in [*range(eval_steps, job.steps, eval_steps), job.steps]:
             if stop < int(state.step) or stop in evaluations:
                 continue
-            state, more = trainer.fit(
+            state = trainer.fit(
                 state,
                 start.frozen,
                 self._dataset.batches(run.seed),
@@ -176,9 +178,8 @@ class Finetune:
                 save_steps=job.checkpoint_steps,
                 fault=fault,
             )
-            seconds += more
             loss = self.heldout_loss(evaluated(state.opt_state, state.params), start.frozen)
-            evaluations[stop] = {"step": stop, "heldout_loss": loss, "seconds": seconds}
+            evaluations[stop] = {"step": stop, "heldout_loss": loss, "seconds": total}
             folder.log_metrics([{"run": run.name, **evaluations[stop]}])
         guard, events = guard_record(state.opt_state)
         checkpoints.close()
@@ -223,10 +224,17 @@ def _load(job: Job, models: Path | None) -> Decoder:
     return model
 
 
-def _metric_rows(run: Run, step: int, metrics: Metrics) -> list[dict[str, Any]]:
+def _metric_rows(run: Run, step: int, metrics: Metrics, seconds: float) -> list[dict[str, Any]]:
+    count = len(metrics.loss)
     rows = [
-        {"run": run.name, "step": step + i + 1, "loss": float(loss), "grad_norm": float(norm)}
-        for i, (loss, norm) in enumerate(zip(metrics.loss, metrics.grad_norm, strict=True))
+        {
+            "run": run.name,
+            "step": step + i + 1,
+            "loss": float(metrics.loss[i]),
+            "grad_norm": float(metrics.grad_norm[i]),
+            "seconds": seconds / count,
+        }
+        for i in range(count)
     ]
     if metrics.guard is not None:
         for row, scale, regime in zip(rows, *metrics.guard, strict=True):

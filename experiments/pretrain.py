@@ -67,11 +67,11 @@ def pretrained(
         total=recipe.steps, initial=int(state.step), desc="pretraining", unit="step"
     ) as progress:
 
-        def log(step: int, metrics: Metrics) -> None:
+        def log(step: int, metrics: Metrics, seconds: float) -> None:
             progress.set_postfix(loss=f"{metrics.loss[-1]:.3f}", refresh=False)
             progress.update(len(metrics.loss))
 
-        state, _ = trainer.fit(
+        state = trainer.fit(
             state,
             frozen,
             batches,

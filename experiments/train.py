@@ -148,11 +148,11 @@ class Trainer:
         learning_rate: float,
         *,
         steps: int,
-        log: Callable[[int, Metrics], None],
+        log: Callable[[int, Metrics, float], None],
         save: Callable[[int, TrainState], None],
         save_steps: int,
         fault: tuple[Fault, jax.Array] | None = None,
-    ) -> tuple[TrainState, float]:
+    ) -> TrainState:
         """Trains to a number of steps, from the state's own step on.
 
         Args:
@@ -161,22 +161,23 @@ class Trainer:
           batches: What is trained on.
           learning_rate: Learning rate for `make_tx`.
           steps: Number of steps at the end, a multiple of `chunk_steps`.
-          log: Called with the step before a chunk, and the chunk's metrics on the host.
+          log: Called with the step before a chunk, the chunk's metrics on the host, and the seconds
+            that its steps took, compilation and saving excluded.
           save: Called with a step and the state after it.
           save_steps: How often, a multiple of `chunk_steps`; the last state is saved too.
           fault: What goes wrong, and the random key of when.
 
         Returns:
-          The state after `steps` steps, and the seconds that the steps took, compilation and
-          saving excluded.
+          The state after `steps` steps.
         """
         rate = jnp.asarray(learning_rate, jnp.float32)
-        seconds, pending = 0.0, None
+        pending = None
 
         def flush():
             nonlocal pending
             if pending is not None:
-                log(pending[0], jax.tree.map(np.asarray, pending[1]))
+                step, metrics, seconds = pending
+                log(step, jax.tree.map(np.asarray, metrics), seconds)
                 pending = None
 
         for step in range(int(state.step), steps, self.chunk_steps):
@@ -186,15 +187,14 @@ class Trainer:
             state, metrics = run(*arguments)
             # The chunk above runs while the metrics of the one before it are written.
             flush()
-            pending = (step, metrics)
-            done = step + self.chunk_steps
             jax.block_until_ready(metrics)
-            seconds += time.perf_counter() - started
+            pending = (step, metrics, time.perf_counter() - started)
+            done = step + self.chunk_steps
             if done % save_steps == 0 or done == steps:
                 # Logs first: a resumed run finds no metrics missing before its checkpoint.
                 flush()
                 save(done, state)
-        return state, seconds
+        return state
 
     def _program(self, arguments: tuple) -> Callable[..., tuple[TrainState, Metrics]]:
         """The compiled chunk, so that no step's time contains its compilation."""

@@ -6,6 +6,7 @@ Tests of the core also run without silent broadcasting between ranks; the experi
 import hypothesis
 import jax
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -25,6 +26,7 @@ EXPERIMENTS = (
     "test_perplexity",
     "test_quality",
     "test_sharding",
+    "test_suites",
     "test_token_cache",
     "test_tokenization",
 )
@@ -55,3 +57,26 @@ def cheap_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Where pretrained models are kept.
+
+    Most of a tiny job is compilation: it is made cheap here, and is shared by the module's jobs.
+    """
+    folder = tmp_path_factory.mktemp("cache")
+    settings = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(folder / "programs"),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    reset_cache()  # Else jax goes by the folder of the process' first compilation.
+    yield folder
+    for name, value in before.items():
+        jax.config.update(name, value)
+    reset_cache()

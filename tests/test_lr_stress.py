@@ -3,62 +3,24 @@
 import csv
 import json
 import math
+import re
 
-import jax
 import pytest
-from experiments.lr_stress import PLOTTED_MULTIPLE
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
+from suite_helpers import TINY_JOB
 
-from experiments import plots, presets
+from experiments import plots
 from experiments.__main__ import main
-from experiments.models.config import DecoderConfig
 from experiments.results import Results
+from experiments.suites import lr_stress
 
-CHUNK = 5
-TINY = presets.LrStressPreset(
-    model=DecoderConfig(8, 16, 1, 2, 1, 4, vocab_size=256),
-    dtype="float32",
-    seq_len=16,
-    pretrain=presets.PretrainConfig(
-        steps=10, batch_size=4, learning_rate=1e-3, chunk_steps=CHUNK, checkpoint_steps=CHUNK
-    ),
-    finetune=presets.FinetuneConfig(
-        steps=20, batch_size=4, reference_lr=1e-3, chunk_steps=CHUNK, checkpoint_steps=2 * CHUNK
-    ),
-    heldout_batch_size=4,
-    heldout_windows=8,
-    lr_multiples=(1, 100),
-)
+TINY = lr_stress.LrStressConfig(TINY_JOB, multiples=(1, 100))
 RUNS = 6
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Where pretrained models are kept.
-
-    Most of a tiny job is compilation: it is made cheap here, and is shared by the module's jobs.
-    """
-    folder = tmp_path_factory.mktemp("cache")
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(folder / "programs"),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    reset_cache()  # Else jax goes by the folder of the process' first compilation.
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
-    reset_cache()
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch, cache):
     monkeypatch.setenv("LBW_OPTAX_CACHE", str(cache))
-    monkeypatch.setitem(presets.LR_STRESS_PRESETS, "tiny", lambda: TINY)
+    monkeypatch.setitem(lr_stress.PRESETS, "tiny", TINY)
 
 
 def run(results, *args, preset="tiny"):
@@ -78,7 +40,8 @@ def measured(results):
     folder = results / "lr_stress" / "tiny"
     with (folder / "summary.csv").open() as file:
         summary = [row | {"seconds": ""} for row in csv.DictReader(file)]
-    return summary, *((folder / f"{name}.jsonl").read_text() for name in ("metrics", "events"))
+    logs = ((folder / f"{name}.jsonl").read_text() for name in ("metrics", "events"))
+    return summary, *(re.sub(r'"seconds": [^,}]+', "", log) for log in logs)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +50,7 @@ def finished(tmp_path_factory, cache, text):
     results = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("LBW_OPTAX_CACHE", str(cache))
-        monkeypatch.setitem(presets.LR_STRESS_PRESETS, "tiny", lambda: TINY)
+        monkeypatch.setitem(lr_stress.PRESETS, "tiny", TINY)
         assert run(results, text) == 0
     return results
 
@@ -107,10 +70,10 @@ class TestJob:
         }
         summary, metrics, _ = measured(finished)
         rows = [json.loads(line) for line in metrics.splitlines()]
-        assert len(summary) == RUNS
-        assert len(rows) == RUNS * TINY.finetune.steps
-        assert [row["step"] for row in rows[:20]] == list(range(1, 21))
-        guarded = [row for row in rows if row["run"].startswith("guard")]
+        assert len(summary) == RUNS + 1  # And the model before the first step.
+        assert len(rows) == RUNS * (TINY_JOB.steps + 1)  # And a held-out loss.
+        assert [row["step"] for row in rows[:21]] == [*range(1, 21), 20]
+        guarded = [row for row in rows if row["run"].startswith("guard") and "loss" in row]
         assert {row["regime"] for row in guarded} <= {"STABLE", "STRESS", "SPIKE", "RECOVERY"}
         assert all(0 < row["scale"] <= 1 for row in guarded)
         assert all(row["guard_events_dropped"] in ("", "0") for row in summary)
@@ -120,7 +83,7 @@ class TestJob:
 
     def test_second_run_only_prints(self, finished, text, monkeypatch, capsys):
         before = measured(finished)
-        monkeypatch.setattr("experiments.lr_stress.pretrained", None)  # Fails when called.
+        monkeypatch.setattr("experiments.lab.Finetune", None)  # Fails when called.
         assert run(finished, text) == 0
         assert measured(finished) == before
         assert "Held-out perplexity" in capsys.readouterr().out
@@ -174,7 +137,8 @@ class TestErrors:
     def fails(self, tmp_path, capsys):
         def check(message, *args, results=tmp_path, preset="tiny"):
             assert run(results, *args, preset=preset) == 2
-            (line,) = capsys.readouterr().err.splitlines()
+            *progress, line = capsys.readouterr().err.splitlines()
+            assert all(bar.startswith("tokenising") for bar in progress)
             assert line.startswith("error: ")
             assert message in line
 
@@ -189,7 +153,7 @@ class TestErrors:
     def test_cache_that_cannot_be_written(self, fails, tmp_path, monkeypatch):
         (tmp_path / "cache").touch()
         monkeypatch.setenv("LBW_OPTAX_CACHE", str(tmp_path / "cache"))
-        fails("cannot write checkpoints to")
+        fails("cannot write tokens to")
 
     def test_missing_data(self, fails, tmp_path):
         fails("no such file or folder", "--data", str(tmp_path / "absent"))
@@ -199,8 +163,8 @@ class TestErrors:
         fails("no text", "--data", str(tmp_path / "empty"))
 
     def test_short_data(self, fails, tmp_path):
-        (tmp_path / "short").write_text("too short")
-        fails("9 bytes of text, but 170 are needed", "--data", str(tmp_path / "short"))
+        (tmp_path / "short").write_text("x")
+        fails("tokens of text, but 2 are needed", "--data", str(tmp_path / "short"))
 
     def test_folder_that_cannot_be_written(self, fails, tmp_path):
         (tmp_path / "file").touch()
@@ -218,11 +182,11 @@ def test_diverged_runs_can_be_drawn():
     assert png.startswith(b"\x89PNG")
 
 
-def test_presets_are_consistent():
+def test_sensitivity_is_the_mean_loss_above_the_best():
+    curve = [(1e-3, math.exp(1.0)), (1e-2, math.exp(1.5)), (1e-1, math.inf)]
+    assert lr_stress.sensitivity(curve, math.exp(2.0)) == pytest.approx((1 + 1.5 + 2) / 3 - 1)
+
+
+def test_presets_draw_a_stressed_run():
     for name in ("nano", "small"):
-        preset = presets.lr_stress_preset(name)
-        for recipe in (preset.pretrain, preset.finetune):
-            assert recipe.steps % recipe.chunk_steps == 0
-            assert recipe.checkpoint_steps % recipe.chunk_steps == 0
-        assert preset.seq_len <= preset.model.max_position_embeddings
-        assert {1, PLOTTED_MULTIPLE} <= set(preset.lr_multiples)
+        assert {1, lr_stress.PLOTTED_MULTIPLE} <= set(lr_stress.PRESETS[name].multiples)

@@ -1,0 +1,162 @@
+"""The suites of the paper at a size that takes seconds: each runs, reports, and runs no more."""
+
+import csv
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from suite_helpers import CHUNK, TINY_JOB
+
+from experiments import jobs, methods
+from experiments.__main__ import main
+from experiments.curvature import hessian_trace
+from experiments.suites import (
+    clipping,
+    everything,
+    failures,
+    lr_stress,
+    neutrality,
+    reference,
+    seeds,
+    sizes,
+    tinyllama,
+)
+
+FULL = dataclasses.replace(
+    TINY_JOB,
+    base=dataclasses.replace(
+        TINY_JOB.base,
+        name="tiny Llama",
+        config=dataclasses.replace(
+            TINY_JOB.base.config, attention_bias=False, tie_word_embeddings=False
+        ),
+    ),
+    lora=None,
+)
+TINY = {
+    clipping: clipping.ClippingConfig(TINY_JOB, norms=(0.1,)),
+    failures: failures.FailuresConfig(TINY_JOB, seeds=1, methods=("AdamW", "guard(AdamW)")),
+    lr_stress: lr_stress.LrStressConfig(TINY_JOB, multiples=(1, 100)),
+    neutrality: neutrality.NeutralityConfig(
+        TINY_JOB, multiples=(10,), path_multiples=(0.5, 100), stops=2, probes=2
+    ),
+    reference: reference.ReferenceConfig(TINY_JOB, eval_steps=2 * CHUNK),
+    seeds: seeds.SeedsConfig(TINY_JOB, seeds=2, multiples=(1,), methods=("AdamW", "guard(AdamW)")),
+    sizes: sizes.SizesConfig({"one": TINY_JOB, "two": FULL}, multiples=(1,)),
+    tinyllama: lr_stress.LrStressConfig(FULL, multiples=(1, 100)),
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, cache):
+    """What `all` leaves."""
+    folder = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LBW_OPTAX_CACHE", str(cache))
+        for module, config in TINY.items():
+            patch.setitem(module.PRESETS, "tiny", config)
+        patch.setattr(
+            neutrality,
+            "SWITCHED_OFF",
+            {"no envelope": neutrality.SWITCHED_OFF["no envelope"]},
+        )
+        assert main(["all", "--preset", "tiny", "--results", str(folder)]) == 0
+        before = _contents(folder)
+        # Again: everything is read, nothing is run.
+        patch.setattr("experiments.lab.Finetune", None)
+        assert main(["all", "--preset", "tiny", "--results", str(folder)]) == 0
+        assert _contents(folder) == before
+    return folder
+
+
+def _contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*.jsonl"))}
+
+
+def _rows(results, suite):
+    with (results / suite / "tiny" / "summary.csv").open() as file:
+        return {row["run"]: row for row in csv.DictReader(file)}
+
+
+def test_the_index_leads_to_every_report(results):
+    index = (results / "tiny.md").read_text()
+    for name in everything.PAPER_SUITES:
+        path = f"{name.replace('-', '_')}/tiny/report.md"
+        assert f"({path})" in index
+        assert (results / path).is_file()
+
+
+def test_reference_measures_the_loss_on_the_way(results):
+    rows = [
+        json.loads(line)
+        for line in (results / "reference" / "tiny" / "metrics.jsonl").read_text().splitlines()
+    ]
+    plain = [row for row in rows if row["run"] == "AdamW" and "heldout_loss" in row]
+    assert [row["step"] for row in plain] == [2 * CHUNK, 4 * CHUNK]
+    assert 0 < plain[0]["seconds"] < plain[1]["seconds"]
+    assert set(_rows(results, "reference")) >= set(methods.baselines(TINY_JOB.steps))
+
+
+def test_seeds_differ(results):
+    rows = _rows(results, "seeds")
+    first, second = (rows[f"AdamW at 1x, seed {seed}"]["heldout_loss"] for seed in (0, 1))
+    assert first != second
+
+
+def test_a_fault_reaches_the_run_and_the_guard_carries_it(results):
+    rows = _rows(results, "failures")
+    fault = "NaN gradients, 1 % of steps"
+    assert rows[f"{fault}: AdamW, seed 0"]["heldout_loss"] == ""
+    guarded = rows[f"{fault}: guard(AdamW), seed 0"]
+    assert float(guarded["heldout_loss"]) < 6
+    assert int(guarded["guard_nonfinite_steps"]) == 1
+
+
+def test_clipping_reports_gradient_norms_before_clipping(results):
+    report = (results / "clipping" / "tiny" / "report.md").read_text()
+    assert "(gradient_norms.png)" in report
+    assert "| clip 0.1 |" in report
+
+
+def test_a_healthy_path_is_identical(results):
+    runs = json.loads((results / "neutrality" / "tiny" / "runs.json").read_text())
+    assert all(stop["identical"] for stop in runs["paths at 0.5x"]["stops"])
+    assert not any(stop["identical"] for stop in runs["paths at 100x"]["stops"])
+
+
+def test_unknown_method_is_one_line(tmp_path, capsys):
+    assert main(["lr-stress", "--results", str(tmp_path), "--methods", "SGD"]) == 2
+    assert "--methods 'SGD': unknown; choose from AdamW" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", TINY, ids=lambda m: m.__name__.rsplit(".")[-1])
+def test_presets_come_in_whole_chunks(module):
+    for config in module.PRESETS.values():
+        found = config.sizes.values() if module is sizes else [config.job]
+        for job in found:
+            assert isinstance(job, jobs.Job)
+            if job.base.recipe is not None:
+                assert job.base.recipe.steps % job.base.recipe.chunk_steps == 0
+                assert job.seq_len <= job.base.config.max_position_embeddings
+
+
+def test_a_job_of_broken_chunks_is_refused():
+    with pytest.raises(ValueError, match=r"steps \(21\) must be a multiple of chunk_steps"):
+        dataclasses.replace(TINY_JOB, steps=21)
+
+
+def test_hessian_trace_of_a_quadratic_form():
+    matrix = np.random.default_rng(0).standard_normal((6, 6))
+    matrix = jnp.asarray(matrix + matrix.T, jnp.float32)
+
+    def loss(params, m):
+        x = jnp.concatenate([params["a"], params["b"]])
+        return x @ m @ x / 2
+
+    params = {"a": jnp.ones(2), "b": jnp.ones(4)}
+    mean, error = hessian_trace(loss, params, matrix, jax.random.key(0), 2000)
+    assert abs(mean - jnp.trace(matrix)) < 4 * error
+    assert error < 0.2
