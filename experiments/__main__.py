@@ -9,10 +9,11 @@ import tyro
 
 from experiments.errors import UserError
 from experiments.suites.lr_stress import lr_stress
+from experiments.suites.memory import memory
 from experiments.suites.quality import quality
 from experiments.suites.study import study
 
-SUITES = {"lr-stress": lr_stress, "quality": quality, "study": study}
+SUITES = {"lr-stress": lr_stress, "memory": memory, "quality": quality, "study": study}
 """Name on the command line -> the suite; its arguments and their help come from its signature."""
 
 

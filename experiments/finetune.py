@@ -43,6 +43,41 @@ class Run(NamedTuple):
     fault: Fault | None = None
 
 
+def decoder_settings(job: Job) -> dict[str, Any]:
+    """How a job stores and computes a checkpoint: the settings of `Decoder`."""
+    return {
+        "dtype": jnp.dtype(job.dtype),
+        # What does not train is stored as it is computed with.
+        "param_dtype": jnp.dtype(job.dtype if job.lora else job.param_dtype),
+        "remat": job.remat,
+        "attention": job.attention,
+    }
+
+
+def start(model: nnx.Module, job: Job, seed: int) -> tuple[nnx.GraphDef, Any, Any]:
+    """What a run starts from.
+
+    Args:
+      model: The base model; it gets the job's corrections in place.
+      job: The job.
+      seed: Seed of the corrections.
+
+    Returns:
+      Structure, trained part and frozen part of the model before the first step.
+    """
+    kind, lora = trained_kind(job), job.lora
+    if lora is not None:
+        rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 0))
+        model = add_lora(model, lora.rank, lora.alpha, targets=lora.targets, rngs=rngs)
+    graphdef, params, frozen = nnx.split(model, kind, ...)
+    return graphdef, jax.tree.map(lambda x: x.astype(job.param_dtype), params), frozen
+
+
+def trained_kind(job: Job) -> type[nnx.Variable]:
+    """The type of the variables that a job trains."""
+    return nnx.Param if job.lora is None else nnx.LoRAParam
+
+
 class Finetune:
     """A job made ready.
 
@@ -59,14 +94,7 @@ class Finetune:
         if base.recipe is not None:
             model = pretrained(base.config, job.dtype, job.seq_len, base.recipe, standard_library())
         else:
-            model = load_pretrained(
-                checkpoint(job, models),
-                dtype=jnp.dtype(job.dtype),
-                # What does not train is stored as it is computed with.
-                param_dtype=jnp.dtype(job.dtype if job.lora else job.param_dtype),
-                remat=job.remat,
-                attention=job.attention,
-            )
+            model = load_pretrained(checkpoint(job, models), **decoder_settings(job))
         self._base = nnx.split(model)
         self._trainers: dict[int, Trainer] = {}
 
@@ -77,14 +105,7 @@ class Finetune:
 
     def start(self, seed: int) -> tuple[nnx.GraphDef, Any, Any]:
         """Structure, trained part and frozen part of the model before the first step."""
-        model, lora = nnx.merge(*self._base), self.job.lora
-        kind = nnx.Param
-        if lora is not None:
-            kind = nnx.LoRAParam
-            rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 0))
-            model = add_lora(model, lora.rank, lora.alpha, targets=lora.targets, rngs=rngs)
-        graphdef, params, frozen = nnx.split(model, kind, ...)
-        return graphdef, jax.tree.map(lambda x: x.astype(self.job.param_dtype), params), frozen
+        return start(nnx.merge(*self._base), self.job, seed)
 
     def heldout_loss(self, params: Any, frozen: Any) -> float:
         """The loss on the held-out text, in nats per token."""
