@@ -181,7 +181,7 @@ def _check_table(checks: dict[tuple[str, int], MemoryCheck]) -> Table:
         for (label, count), check in checks.items()
     ]
     heading = ["job", "devices", "compiled for"]
-    heading += ["arguments, bytes: planned", "XLA", "temporaries, GB: planned", "XLA"]
+    heading += ["arguments, bytes: planned", "by XLA", "temporaries, GB: planned", "by XLA"]
     return Table(
         "Plan and compiler",
         heading,
