@@ -122,7 +122,7 @@ def test_command_writes_report_and_summary(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "memory" / "tiny"
     report = (folder / "report.md").read_text()
     assert "80 GB GPU" in report
-    assert "| tiny | 8 | CPU | 10 | 10 |" in report
+    assert "| tiny | AdamW | 8 | CPU | 10 | 10 |" in report
     with (folder / "summary.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4 * 2

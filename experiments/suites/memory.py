@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from experiments.memory_check import MemoryCheck, check_memory, compile_devices
 from experiments.methods import ADAMW, GUARD, LOG_SIZE, Method, adamw
 from experiments.report import Table, number, write_report
 from experiments.results import Results
+from lbw_optax.memory import MODES
 
 PRESETS = {"nano": {"nano": jobs.NANO}, "small": {"small": jobs.SMALL}, "paper": jobs.PAPER}
 """Name -> label -> job."""
@@ -43,14 +45,20 @@ HARDWARE = (
 )
 """What the paper's models are planned for."""
 
+DEFAULT_GUARD = f"{GUARD}, step"
+"""The guard with its default memory, which needs the most."""
+
+CHECKED = (ADAMW, DEFAULT_GUARD)
+"""What is compiled."""
+
 
 def guards() -> dict[str, Method]:
-    """AdamW, and AdamW behind the guard with each of its memories; the default is the last."""
+    """AdamW, and AdamW behind the guard with each of its memories."""
 
     def behind(memory: str) -> Method:
         return lambda rate: lbw_optax.guard(adamw(rate), memory=memory, log_size=LOG_SIZE)
 
-    return {ADAMW: adamw} | {f"{GUARD}, {m}": behind(m) for m in ("none", "sparse", "step")}
+    return {ADAMW: adamw} | {f"{GUARD}, {m}": behind(m) for m in MODES}
 
 
 def memory(preset: str = "nano", results: Path = Path("results"), fresh: bool = False) -> None:
@@ -83,8 +91,11 @@ def memory(preset: str = "nano", results: Path = Path("results"), fresh: bool = 
         for count in counts
     }
     checks = {
-        (label, count): _checked(folder, label, job, methods, devices[count])
+        (label, name, count): _checked(
+            folder, f"{label}, {name}, {count}", job, methods[name], devices[count]
+        )
         for label, job in todo.items()
+        for name in CHECKED
         for count in counts
     }
     folder.write_csv(
@@ -111,12 +122,10 @@ def memory(preset: str = "nano", results: Path = Path("results"), fresh: bool = 
 
 
 def _checked(
-    folder: Results, label: str, job: Job, methods: dict[str, Method], devices: list[jax.Device]
+    folder: Results, name: str, job: Job, method: Method, devices: Sequence[jax.Device]
 ) -> MemoryCheck:
-    """The check of the guard with its default memory, which needs the most."""
-    name = f"{label}, {len(devices)}"
+    """A check from the folder, or made and put there."""
     if name not in folder.runs:
-        *_, method = methods.values()
         folder.finish(name, check_memory(job, method, devices)._asdict())
     return MemoryCheck(**folder.runs[name])
 
@@ -125,7 +134,6 @@ Plans = dict[tuple[str, str, int], MemoryPlan]
 
 
 def _parts_table(plans: Plans) -> Table:
-    *_, default = guards()
     extra = [name for name in guards() if name != ADAMW]
     rows = []
     for (label, name, count), plan in plans.items():
@@ -133,7 +141,7 @@ def _parts_table(plans: Plans) -> Table:
             grown = [plans[label, other, count].optimizer - plan.optimizer for other in extra]
             shown = (
                 *(plan.frozen, plan.trained, plan.initial, plan.gradients, plan.optimizer),
-                *(*grown, plans[label, default, count].update, plan.saved, plan.working),
+                *(*grown, plans[label, DEFAULT_GUARD, count].update, plan.saved, plan.working),
             )
             rows.append([label, str(count), *map(_gigabytes, shown)])
     heading = ["job", "devices", "frozen", "trained", "initial", "gradients", "AdamW's state"]
@@ -171,22 +179,22 @@ def _fits_table(plans: Plans) -> Table:
     )
 
 
-def _check_table(checks: dict[tuple[str, int], MemoryCheck]) -> Table:
+def _check_table(checks: dict[tuple[str, str, int], MemoryCheck]) -> Table:
     rows = [
         [
-            *(label, str(count), check.compiler),
+            *(label, name, str(count), check.compiler),
             *(f"{size:,}" for size in (check.planned_arguments, check.arguments)),
             *map(_gigabytes, (check.planned_temporaries, check.temporaries)),
         ]
-        for (label, count), check in checks.items()
+        for (label, name, count), check in checks.items()
     ]
-    heading = ["job", "devices", "compiled for"]
+    heading = ["job", "optimizer", "devices", "compiled for"]
     heading += ["arguments, bytes: planned", "by XLA", "temporaries, GB: planned", "by XLA"]
     return Table(
         "Plan and compiler",
         heading,
         rows,
-        "The step with the guard's default memory, compiled and not run. Arguments are parameters, "
+        "The step, compiled and not run. Arguments are parameters, "
         "optimizer state and batches; temporaries are all else, `initial` excepted. A CPU has no "
         "bfloat16: XLA computes in float32 there and would add float32 copies of all weights, so "
         "the step is planned and compiled in float32. A CPU also keeps more of the guard's update "
