@@ -154,7 +154,7 @@ def _parts_table(plans: Plans) -> Table:
         "`initial` is a copy of what trains, from before the first step, that a suite keeps. "
         "`+ none`, `+ sparse` and `+ step` are what the guard's memories add to AdamW's state. "
         "`guard's update` is AdamW's step and new moments, beside the old ones until the guard has "
-        "decided; compilers make less of it or none. `activations` is what is saved of the forward "
+        "decided; compilers differ most in this. `activations` is what is saved of the forward "
         "pass. `working` is the larger of one layer computed again and one chunk of logits, with "
         "the weights that are gathered for it.",
     )
@@ -197,8 +197,8 @@ def _check_table(checks: dict[tuple[str, str, int], MemoryCheck]) -> Table:
         "The step, compiled and not run. Arguments are parameters, "
         "optimizer state and batches; temporaries are all else, `initial` excepted. A CPU has no "
         "bfloat16: XLA computes in float32 there and would add float32 copies of all weights, so "
-        "the step is planned and compiled in float32. A CPU also keeps more of the guard's update "
-        "than others, and its numbers are not those of a GPU.",
+        "the step is planned and compiled in float32. None of these numbers are a GPU's unless the "
+        "table says so.",
     )
 
 
