@@ -9,10 +9,17 @@ import tyro
 
 from experiments.errors import UserError
 from experiments.suites.everything import PAPER_SUITES, everything
+from experiments.suites.memory import memory
 from experiments.suites.quality import quality
 from experiments.suites.study import study
 
-SUITES = {**PAPER_SUITES, "all": everything, "quality": quality, "study": study}
+SUITES = {
+    **PAPER_SUITES,
+    "all": everything,
+    "memory": memory,
+    "quality": quality,
+    "study": study,
+}
 """Name on the command line -> the suite; its arguments and their help come from its signature."""
 
 

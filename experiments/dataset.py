@@ -11,6 +11,7 @@ import jax
 from experiments.batches import Batches
 from experiments.corpus import TEST, TRAIN, Corpus, corpus_of_text, read_corpus, wikitext103
 from experiments.data import python_manual
+from experiments.errors import UserError
 from experiments.jobs import Job
 from experiments.packing import PackedBatches
 from experiments.perplexity import strided_perplexity, strided_windows
@@ -51,6 +52,11 @@ class Dataset:
         found = corpus(job, data)
         self._train = tokenized(found.documents(TRAIN), tokenizer)
         heldout = tokenized(found.documents(TEST), tokenizer)
+        for split, stream, least in ((TRAIN, self._train, job.seq_len + 1), (TEST, heldout, 2)):
+            if len(stream.tokens) < least:
+                raise UserError(
+                    f"{found.name}, {split}: {len(stream.tokens)} tokens, but {least} are needed"
+                )
         if job.heldout_tokens is not None:
             tokens = heldout.tokens[: job.heldout_tokens]
             heldout = TokenStream(tokens, heldout.starts[heldout.starts < len(tokens)])

@@ -60,6 +60,42 @@ class Start(NamedTuple):
     frozen: Any
 
 
+def decoder_settings(job: Job) -> dict[str, Any]:
+    """How a job stores and computes a checkpoint: the settings of `Decoder`."""
+    return {
+        "dtype": jnp.dtype(job.dtype),
+        # What does not train is stored as it is computed with.
+        "param_dtype": jnp.dtype(job.dtype if job.lora else job.param_dtype),
+        "remat": job.remat,
+        "attention": job.attention,
+    }
+
+
+def start(model: nnx.Module, job: Job, seed: int) -> Start:
+    """What a run starts from.
+
+    Args:
+      model: The base model; it gets the job's corrections in place.
+      job: The job.
+      seed: Seed of the corrections.
+
+    Returns:
+      The model before the first step.
+    """
+    kind, lora = trained_kind(job), job.lora
+    if lora is not None:
+        rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 0))
+        model = add_lora(model, lora.rank, lora.alpha, targets=lora.targets, rngs=rngs)
+    graphdef, params, frozen = nnx.split(model, kind, ...)
+    params = jax.tree.map(lambda x: x.astype(job.param_dtype), params)
+    return Start(graphdef, params, frozen)
+
+
+def trained_kind(job: Job) -> type[nnx.Variable]:
+    """The type of the variables that a job trains."""
+    return nnx.Param if job.lora is None else nnx.LoRAParam
+
+
 class Finetune:
     """A job made ready.
 
@@ -91,13 +127,7 @@ class Finetune:
 
     def start(self, seed: int) -> Start:
         """The model before the first step of a run."""
-        model, lora = nnx.merge(*self._base), self.job.lora
-        if lora is not None:
-            rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 0))
-            model = add_lora(model, lora.rank, lora.alpha, targets=lora.targets, rngs=rngs)
-        graphdef, params, frozen = nnx.split(model, nnx.LoRAParam if lora else nnx.Param, ...)
-        params = jax.tree.map(lambda x: x.astype(self.job.param_dtype), params)
-        return Start(graphdef, params, frozen)
+        return start(nnx.merge(*self._base), self.job, seed)
 
     def batch(self, seed: int) -> Batch:
         """The first batch of a run."""
@@ -207,14 +237,7 @@ class Finetune:
 
 def _load(job: Job, models: Path | None) -> Decoder:
     """The base model, ready to be computed with as the job says."""
-    base, lora = job.base, job.lora
-    settings = {
-        "dtype": jnp.dtype(job.dtype),
-        # What does not train is stored as it is computed with.
-        "param_dtype": jnp.dtype(job.dtype if lora else job.param_dtype),
-        "remat": job.remat,
-        "attention": job.attention,
-    }
+    base, settings = job.base, decoder_settings(job)
     if base.recipe is None:
         return load_pretrained(checkpoint(job, models), **settings)
     made = pretrained(base.config, base.dtype, job.seq_len, base.recipe, standard_library())

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments.batches import Batches
+from experiments.batches import Batch, Batches
 from experiments.faults import Fault, rate_factor, spoil_batch, spoil_gradients
 from experiments.methods import guard_telemetry
 from experiments.models import loss as losses
@@ -140,6 +140,17 @@ class Trainer:
         """The state before the first step, with a copy of the parameters; see `fit`."""
         return self._init(params, jnp.asarray(learning_rate, jnp.float32), fault)
 
+    def lower(
+        self,
+        state: TrainState,
+        frozen: Any,
+        batches: Batch,
+        learning_rate: jax.Array,
+        fault: tuple[Fault, jax.Array] | None = None,
+    ) -> jax.stages.Lowered:
+        """The program of a chunk of steps, for arrays or for their shapes alone."""
+        return self._train_chunk.lower(state, frozen, batches, learning_rate, fault)
+
     def fit(
         self,
         state: TrainState,
@@ -200,5 +211,5 @@ class Trainer:
         """The compiled chunk, so that no step's time contains its compilation."""
         faulty = arguments[-1] is not None
         if faulty not in self._compiled:
-            self._compiled[faulty] = self._train_chunk.lower(*arguments).compile()
+            self._compiled[faulty] = self.lower(*arguments).compile()
         return self._compiled[faulty]

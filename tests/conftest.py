@@ -19,6 +19,7 @@ EXPERIMENTS = (
     "test_llama2c",
     "test_lora",
     "test_lr_stress",
+    "test_memory_plan",
     "test_models",
     "test_packing",
     "test_parity",

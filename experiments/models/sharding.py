@@ -97,7 +97,11 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
     def sharding(path, leaf):
         names = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
-        return NamedSharding(mesh, partition_spec(names.split("/"), len(leaf.shape)))
+        spec = partition_spec(names.split("/"), len(leaf.shape))
+        # An optimizer may keep a sample of a parameter, too short for as many parts.
+        parts = (mesh.shape.get(axis, 1) for axis in spec)
+        even = all(n % k == 0 for n, k in zip(leaf.shape, parts, strict=False))
+        return NamedSharding(mesh, spec if even else P())
 
     return jax.tree.map_with_path(sharding, tree)
 
