@@ -13,10 +13,11 @@ from experiments.corpus import TEST, TRAIN, Corpus, corpus_of_text, read_corpus,
 from experiments.data import python_manual
 from experiments.errors import UserError
 from experiments.jobs import Job
+from experiments.models.llama2c import Llama2cTokenizer
 from experiments.packing import PackedBatches
 from experiments.perplexity import strided_perplexity, strided_windows
 from experiments.token_cache import TokenStream, tokenized
-from experiments.tokenization import BYTES, load_tokenizer
+from experiments.tokenization import ByteTokenizer, Tokenizer, load_tokenizer
 
 CORPORA: dict[str, Callable[[], Corpus]] = {
     "python-manual": lambda: corpus_of_text(python_manual()),
@@ -46,7 +47,7 @@ class Dataset:
 
     def __init__(self, job: Job, data: Path | None, models: Path | None):
         self._job = job
-        tokenizer = load_tokenizer(BYTES if job.base.recipe else checkpoint(job, models))
+        tokenizer = _tokenizer(job, models)
         self.vocabulary = tokenizer.vocab_size
         """Number of token ids."""
         found = corpus(job, data)
@@ -79,3 +80,11 @@ class Dataset:
     def heldout_loss(self, score: Callable[[Any, Any], tuple[jax.Array, jax.Array]]) -> float:
         """The held-out loss in nats per token, from a function that scores a batch of windows."""
         return strided_perplexity(score, self._windows).loss
+
+
+def _tokenizer(job: Job, models: Path | None) -> Tokenizer:
+    if job.base.recipe is not None:
+        return ByteTokenizer()
+    if job.base.llama2c is not None:
+        return Llama2cTokenizer(Path(checkpoint(job, models), job.base.llama2c[1]))
+    return load_tokenizer(checkpoint(job, models))

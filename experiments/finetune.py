@@ -22,6 +22,7 @@ from experiments.lora import add_lora
 from experiments.methods import REGIMES, Method, evaluated, guard_record
 from experiments.models.decoder import Decoder
 from experiments.models.hf import load_pretrained
+from experiments.models.llama2c import load_llama2c
 from experiments.models.loss import next_token_sums
 from experiments.pretrain import pretrained
 from experiments.results import Results
@@ -238,6 +239,8 @@ class Finetune:
 def _load(job: Job, models: Path | None) -> Decoder:
     """The base model, ready to be computed with as the job says."""
     base, settings = job.base, decoder_settings(job)
+    if base.llama2c is not None:
+        return load_llama2c(Path(checkpoint(job, models), base.llama2c[0]))
     if base.recipe is None:
         return load_pretrained(checkpoint(job, models), **settings)
     made = pretrained(base.config, base.dtype, job.seq_len, base.recipe, standard_library())

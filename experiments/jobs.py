@@ -40,6 +40,8 @@ class Base:
     """How."""
     dtype: str = "float32"
     """Compute dtype of the pretraining; parameters are float32."""
+    llama2c: tuple[str, str] | None = None
+    """File names of model and tokenizer, of a checkpoint in the format of llama2.c."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +163,22 @@ SMALL = Job(
     dtype="bfloat16",
 )
 """A LoRA fine-tune of an 88M-parameter byte model on one GPU with 24 GB. Not run yet."""
+
+
+STORIES = Job(
+    base=Base("stories260K", llama2c=("stories260K.bin", "tok512.bin")),
+    corpus="wikitext-103",
+    reference_lr=3e-3,
+    steps=200,
+    batch_size=4,
+    seq_len=128,
+    chunk_steps=20,
+    checkpoint_steps=200,
+    heldout_batch_size=32,
+    heldout_tokens=32_768,
+)
+"""A LoRA fine-tune of a Llama of 260,000 parameters that was pretrained on TinyStories: a really
+trained model, small enough for two CPU cores. Its folder has to be at hand, see `--models`."""
 
 
 def _paper(repo: str, reference_lr: float, lora: LoraConfig | None, param_dtype: str) -> Job:

@@ -32,7 +32,8 @@ class Options:
     """What the user chooses."""
 
     preset: str = "nano"
-    """Size of the job: nano (two CPU cores), small (one GPU) or paper (the paper's models)."""
+    """Size of the job: nano (two CPU cores), small (one GPU), paper (the paper's models)
+    or, where a suite has it, stories (a really trained Llama of 260,000 parameters)."""
     data: Path | None = None
     """Text to fine-tune on instead of the preset's: a file, or a folder with train and test."""
     models: Path | None = None

@@ -164,8 +164,8 @@ class TestErrors:
         fails("no text", "--data", str(tmp_path / "empty"))
 
     def test_short_data(self, fails, tmp_path):
-        (tmp_path / "short").write_text("too short")
-        fails("train: 10 tokens, but 17 are needed", "--data", str(tmp_path / "short"))
+        (tmp_path / "short").write_text("far too short")
+        fails("train: 13 tokens, but 17 are needed", "--data", str(tmp_path / "short"))
 
     def test_folder_that_cannot_be_written(self, fails, tmp_path):
         (tmp_path / "file").touch()

@@ -8,6 +8,7 @@ int32, then for each token its score, a float32, the length of its bytes, an int
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import re
 import struct
@@ -42,7 +43,7 @@ def load_llama2c(file: str | Path, *, dtype: jnp.dtype = jnp.float32) -> Decoder
     Raises:
       UserError: The file's size does not fit its header.
     """
-    content = Path(file).read_bytes()
+    content = _read(file)
     d, f, layers, n, k, v, seq_len = np.frombuffer(content[:28], "<i4").tolist()
     h = d // n
     config = DecoderConfig(
@@ -97,6 +98,13 @@ def load_llama2c(file: str | Path, *, dtype: jnp.dtype = jnp.float32) -> Decoder
     return model
 
 
+def _read(file: str | Path) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from error
+
+
 def _half_split(kernel_loi: np.ndarray, head_dim: int) -> np.ndarray:
     """Reorders the outputs of each head: llama2.c rotates neighbours, we rotate (i, i + h/2)."""
     layers, outputs, inputs = kernel_loi.shape
@@ -111,8 +119,11 @@ class Llama2cTokenizer:
       file: The tokenizer file.
     """
 
+    separator = BOS
+
     def __init__(self, file: str | Path):
-        content = Path(file).read_bytes()
+        content = _read(file)
+        self.identity = hashlib.sha256(content).hexdigest()
         self.pieces: list[bytes] = []
         self.scores: list[float] = []
         offset = 4  # After the length of the longest piece.
@@ -122,6 +133,7 @@ class Llama2cTokenizer:
             self.pieces.append(content[offset : offset + length])
             self.scores.append(score)
             offset += length
+        self.vocab_size = len(self.pieces)
         self.ids = {piece: i for i, piece in enumerate(self.pieces)}
         self._encode_word = functools.cache(self._merge)
 
@@ -137,6 +149,10 @@ class Llama2cTokenizer:
         # A space goes before the first word too, and no piece goes on behind a space.
         words = re.findall(" ?[^ ]+| ", f" {text}")
         return [BOS, *(token for word in words for token in self._encode_word(word))]
+
+    def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
+        """The tokens of each text, int32 of shape (n,), without `BOS`."""
+        return [np.asarray(self.encode(text)[1:], np.int32) for text in texts]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of a story's tokens, without the space that `encode` puts first."""

@@ -44,6 +44,7 @@ class LrStressConfig:
 PRESETS = {
     "nano": LrStressConfig(jobs.NANO),
     "small": LrStressConfig(jobs.SMALL),
+    "stories": LrStressConfig(jobs.STORIES, (0.1, 0.3, 1, 3, 10, 30, 100)),
     # 1e-3 and 3e-3 are the paper's.
     "paper": LrStressConfig(jobs.PAPER["7B"], (0.5, 1, 2.5, 5, 15, 50)),
 }

@@ -24,6 +24,10 @@ _NANO = dataclasses.replace(
 
 PRESETS = {
     "nano": LrStressConfig(_NANO, (0.3, 1, 3, 10, 30, 100)),
+    "stories": LrStressConfig(
+        dataclasses.replace(jobs.STORIES, lora=None, reference_lr=1e-3),
+        (0.1, 0.3, 1, 3, 10, 30, 100),
+    ),
     "paper": LrStressConfig(jobs.PAPER["TinyLlama"], (0.5, 1, 5, 50, 150)),
 }
 """Name -> settings."""
