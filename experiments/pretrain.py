@@ -39,19 +39,24 @@ def pretrained(
     Returns:
       The model.
     """
+    model = Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
     ingredients = {
         "config": dataclasses.asdict(config),
         "dtype": dtype,
         "seq_len": seq_len,
         "recipe": dataclasses.asdict(recipe),
         "text": text.sha256,
+        # Another version of the decoder may keep the same numbers elsewhere.
+        "parameters": [
+            [jax.tree_util.keystr(path), *leaf.shape]
+            for path, leaf in jax.tree.leaves_with_path(params)
+        ],
         "device": jax.devices()[0].device_kind,
     }
     digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:16]
     checkpoints = Checkpoints(cache_folder() / f"pretrained-{digest}")
 
-    model = Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
-    graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
     trainer = Trainer(
         graphdef,
         functools.partial(pretraining, steps=recipe.steps),

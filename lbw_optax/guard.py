@@ -142,7 +142,7 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
             has_loss=jnp.zeros([], bool),
             has_params=jnp.zeros([], bool),
             statistics=sensing.init_statistics(),
-            controller=policy.init_controller(law),
+            controller=policy.init_controller(params, law),
             ledger=ledger.init_ledger(log_size),
         )
 

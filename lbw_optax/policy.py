@@ -1,14 +1,14 @@
 """Policy: the bounded control law, from a diagnosis to a command. Pure functions of scalars."""
 
 import enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lbw_optax.interpretation import Cause, Diagnosis, Regime
 from lbw_optax.law import Law
-from lbw_optax.sensing import Signals, Telemetry
+from lbw_optax.sensing import Signals, Telemetry, is_inexact
 
 
 class Action(enum.IntEnum):
@@ -47,6 +47,7 @@ class Controller(NamedTuple):
       rejections: held or undone steps in a row.
       nonfinites: non-finite observations in a row.
       too_long: steps in a row that were longer than is healthy.
+      spread: what the norm of the parameters is multiplied with; above 1 if some started at zero.
     """
 
     applied_scale: jax.Array  # shape=(), dtype=float32
@@ -58,6 +59,7 @@ class Controller(NamedTuple):
     rejections: jax.Array  # shape=(), dtype=int32
     nonfinites: jax.Array  # shape=(), dtype=int32
     too_long: jax.Array  # shape=(), dtype=int32
+    spread: jax.Array  # shape=(), dtype=float32
 
 
 class Command(NamedTuple):
@@ -90,13 +92,31 @@ class Envelope(NamedTuple):
     hard: jax.Array  # shape=(), dtype=float32
 
 
-def init_controller(law: Law) -> Controller:
-    """Returns the controller of a run that has not begun; its very first steps are not excused."""
-    start = {"applied_scale": 1, "latch": 1, "earned": 1, "too_long": law.brief_steps}
+def init_controller(params: Any, law: Law) -> Controller:
+    r"""Returns the controller of a run that has not begun; its very first steps are not excused.
+
+    Arrays that start at zero, such as half of LoRA's, will get a size, but have none yet. They
+    count as large as the others, :math:`\|p\| \sqrt{n / n_0}` with :math:`n_0` the number of
+    parameters in arrays that are not all zero.
+
+    Args:
+      params: the parameters at the start.
+      law: the constants.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(params) if is_inexact(leaf)]
+    size = sum(leaf.size for leaf in leaves)
+    sized = sum(jnp.where(jnp.any(leaf != 0), leaf.size, 0) for leaf in leaves)
+    start = {
+        "applied_scale": 1,
+        "latch": 1,
+        "earned": 1,
+        "too_long": law.brief_steps,
+        "spread": jnp.where(sized > 0, jnp.sqrt(size / jnp.maximum(sized, 1)), 1),
+    }
     whole = ("rejections", "nonfinites", "too_long")
     return Controller(
         **{
-            name: jnp.full([], start.get(name, 0), jnp.int32 if name in whole else jnp.float32)
+            name: jnp.asarray(start.get(name, 0), jnp.int32 if name in whole else jnp.float32)
             for name in Controller._fields
         }
     )
@@ -115,7 +135,7 @@ def envelope(
     .. math::
 
       \rho_t = \max(\rho, \rho_0 (t + 1)^{-a}), \quad
-      \text{healthy} = \max(\rho_t \|p\|, f), \quad
+      \text{healthy} = \max(\rho_t \|p\| \sqrt{n / n_0}, f), \quad
       \text{hard} = \ell \max(\|p\|, \sqrt{n})
 
     with :math:`\rho` = ``law.relative_step``, :math:`\rho_0` = ``law.relative_step_start``,
@@ -141,7 +161,7 @@ def envelope(
     start = (
         law.relative_step_start * (observations.astype(jnp.float32) + 1) ** -law.relative_step_power
     )
-    relative = jnp.maximum(law.relative_step, start) * t.parameter_norm
+    relative = jnp.maximum(law.relative_step, start) * t.parameter_norm * controller.spread
     hard = limits.relative_step_limit * jnp.maximum(t.parameter_norm, jnp.sqrt(t.size))
     hard = jnp.clip(hard, number.tiny, number.max)
     healthy = jnp.maximum(relative, _trust_radius(controller, t, law))
@@ -304,6 +324,7 @@ def decide(
         ),
         rejections=jnp.where(taken, 0, c.rejections + 1),
         nonfinites=jnp.where(nonfinite, c.nonfinites + 1, 0),
+        spread=c.spread,
         too_long=jnp.where(
             moved, jnp.where(t.step_norm > bounds.healthy, c.too_long + 1, 0), c.too_long
         ),
