@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import actions, at, bits, exact_jit, feed, is_finite, norm, train
+from helpers import actions, at, bits, exact_jit, feed, find, is_finite, norm, train, with_gain
 
-from lbw_optax import Action, Law, events, guard, report
+from lbw_optax import Action, Law, Regime, events, guard, report
 
 STEPS = 40
 FAULT = 20
@@ -284,3 +284,33 @@ def test_a_looser_law_switches_a_sensor_off():
     off = Law(spike_ratio=float("inf"), backtrack_noise=float("inf"))
     _, _, states = run(guard(optax.adam(1e-4), law=off), START, stream)
     assert actions(states)[FAULT] not in REJECTED
+
+
+def test_one_long_step_is_no_stress_but_three_or_a_far_too_long_one_are():
+    tx = guard(with_gain(optax.sgd(1.0)), memory="none")
+    grads = jax.tree.map(lambda p: jnp.broadcast_to(0.001 * p, (12, *p.shape)), START)
+    long = 20.0  # 2 % of the norm: pressure 1.1 to 1.5 at these steps; six times that is above 2.
+
+    def regimes(gains):
+        stream = {"grads": grads, "value": jnp.ones(12), "gain": jnp.asarray(gains)}
+        return [Regime(int(r)).name for r in find(run(tx, START, stream)[2]).regime]
+
+    quiet = [1.0] * 12
+    once = [*quiet[:8], long, *quiet[9:]]
+    assert set(regimes(once)) == {"STABLE"}
+    thrice = quiet[:8] + [long] * 3 + quiet[11:]
+    assert regimes(thrice)[8:11] == ["STABLE", "STABLE", "STRESS"]
+    far = [*quiet[:8], 6 * long, *quiet[9:]]
+    assert regimes(far)[8] == "STRESS"
+    first = [2 * long, *quiet[1:]]
+    assert regimes(first)[0] == "STRESS"
+
+
+def test_arrays_that_start_at_zero_count_as_large_as_the_others():
+    def spread(params):
+        return float(guard(optax.sgd(1.0)).init(params).controller.spread)
+
+    assert spread({"a": jnp.ones(6), "b": jnp.zeros(6)}) == pytest.approx(2**0.5)
+    assert spread({"a": jnp.ones(6), "b": jnp.zeros((0,))}) == 1
+    assert spread({"a": jnp.ones(6), "count": jnp.zeros(3, jnp.int32)}) == 1
+    assert spread({"a": jnp.zeros(6)}) == 1
