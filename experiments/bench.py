@@ -101,8 +101,3 @@ def best_rate(rows: Iterable[Row], rates: Sequence[float]) -> float:
     """The learning rate with the lowest mean loss."""
     rows = list(rows)
     return min(rates, key=lambda rate: mean(losses(rows, rate=rate)))
-
-
-def at_multiple(rate: float, multiple: float) -> float:
-    """The product to nine digits: 3 * 3e-3 is 0.009 to a reader, and the same float32."""
-    return float(f"{rate * multiple:.9g}")

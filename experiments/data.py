@@ -77,30 +77,6 @@ def python_manual() -> Text:
     return Text("the Python reference manual", "\n\n".join(dict.fromkeys(paragraphs)).encode())
 
 
-def read_text(path: Path) -> Text:
-    """The user's own text.
-
-    Args:
-      path: A file, or a folder: then all files in it and below that are UTF-8, in sorted order.
-
-    Returns:
-      The text, named after the path.
-    """
-    try:
-        if path.is_dir():
-            contents = (file.read_bytes() for file in walk(path))
-            content = b"\n".join(filter(is_utf8, contents))
-        else:
-            content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(f"--data {path}: no such file or folder") from error
-    except OSError as error:
-        raise UserError(f"--data {path}: {error.strerror}") from error
-    if not content.strip():
-        raise UserError(f"--data {path}: there is no text in it")
-    return Text(str(path), content)
-
-
 def split(text: Text, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     """Splits a text into what is trained on and what is held out.
 

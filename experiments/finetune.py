@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from experiments.batches import Batch
@@ -24,6 +25,7 @@ from experiments.models.decoder import Decoder
 from experiments.models.hf import load_pretrained
 from experiments.models.llama2c import load_llama2c
 from experiments.models.loss import next_token_sums
+from experiments.models.sharding import shard
 from experiments.pretrain import pretrained
 from experiments.results import Results
 from experiments.train import Metrics, Trainer, next_token_loss
@@ -104,12 +106,15 @@ class Finetune:
       job: The job.
       dataset: What is trained on and held out.
       models: Folder of Hugging Face checkpoints; None looks on the hub.
+      mesh: Devices that share the work; None: the default one. With a mesh, everything has to be
+        called under `jax.set_mesh(mesh)`.
     """
 
-    def __init__(self, job: Job, dataset: Dataset, models: Path | None):
+    def __init__(self, job: Job, dataset: Dataset, models: Path | None, mesh: Mesh | None = None):
         self.job = job
         self._dataset = dataset
-        self._base = nnx.split(_load(job, models))
+        self._mesh = mesh
+        self._base = nnx.split(_load(job, models, mesh))
         self._trainers: dict[Method, Trainer] = {}
         graphdef = self.start(0).graphdef
 
@@ -128,7 +133,10 @@ class Finetune:
 
     def start(self, seed: int) -> Start:
         """The model before the first step of a run."""
-        return start(nnx.merge(*self._base), self.job, seed)
+        graphdef, *parts = start(nnx.merge(*self._base), self.job, seed)
+        if self._mesh is not None:
+            parts = [shard(part, self._mesh) for part in parts]
+        return Start(graphdef, *parts)
 
     def batch(self, seed: int) -> Batch:
         """The first batch of a run."""
@@ -232,17 +240,18 @@ class Finetune:
                 method,
                 chunk_steps=self.job.chunk_steps,
                 vocabulary=self._dataset.vocabulary,
+                mesh=self._mesh,
             )
         return self._trainers[method]
 
 
-def _load(job: Job, models: Path | None) -> Decoder:
+def _load(job: Job, models: Path | None, mesh: Mesh | None) -> Decoder:
     """The base model, ready to be computed with as the job says."""
     base, settings = job.base, decoder_settings(job)
     if base.llama2c is not None:
         return load_llama2c(Path(checkpoint(job, models), base.llama2c[0]))
     if base.recipe is None:
-        return load_pretrained(checkpoint(job, models), **settings)
+        return load_pretrained(checkpoint(job, models), mesh=mesh, **settings)
     made = pretrained(base.config, base.dtype, job.seq_len, base.recipe, standard_library())
     model = nnx.eval_shape(lambda: Decoder(base.config, **settings, rngs=nnx.Rngs(0)))
     cast = jax.tree.map(lambda x, like: x.astype(like.dtype), nnx.state(made), nnx.state(model))

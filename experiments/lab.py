@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -12,14 +13,17 @@ from typing import Annotated, Any, Generic, TypeVar
 
 import jax
 import tyro
+from jax.sharding import Mesh
 from tqdm import tqdm
 
+from experiments.corpus import read_corpus
 from experiments.dataset import Dataset
 from experiments.environment import versions
 from experiments.errors import UserError
 from experiments.finetune import Finetune, Run
 from experiments.jobs import Job
 from experiments.methods import Method
+from experiments.models.sharding import make_mesh
 from experiments.report import Table, number, write_report
 from experiments.results import Results
 
@@ -42,6 +46,9 @@ class Options:
     """Folder for the results; a suite writes to SUITE/PRESET in it."""
     seed: int = 0
     """Seed of adapters, batches and faults; a base model that is pretrained here is shared."""
+    mesh: tuple[int, int, int] = (1, 1, 1)
+    """Devices along the axes data (parts of a batch), fsdp (parts of the stored model) and tensor
+    (parts of a product)."""
     fresh: bool = False
     """Start over, dropping the results of an earlier job in that folder."""
 
@@ -67,6 +74,7 @@ class Lab(Generic[Config]):
         if not 0 <= options.seed < 2**32:
             raise UserError(f"--seed {options.seed}: must be in 0 ... 2**32 - 1")
         self.options = options
+        self._mesh = _mesh(options.mesh)
         self.config = presets[options.preset]
         self._suite = suite
         # The last one only: models are large.
@@ -75,8 +83,9 @@ class Lab(Generic[Config]):
             "suite": suite,
             "preset": options.preset,
             "settings": dataclasses.asdict(self.config),
-            "data": None if options.data is None else str(options.data),
+            "data": _describe(options.data),
             "models": None if options.models is None else str(options.models),
+            "mesh": options.mesh,
             "seed": options.seed,
             "device": jax.devices()[0].device_kind,
             "versions": versions(),
@@ -92,8 +101,9 @@ class Lab(Generic[Config]):
         """Held-out loss of a job's model before the first step, in nats per token."""
         name = f"zero-step, {job.base.name}, {'LoRA' if job.lora else 'full'}"
         if name not in self.folder.runs:
-            start = self.finetune(job).start(self.options.seed)
-            loss = self.finetune(job).heldout_loss(start.params, start.frozen)
+            with self.on_mesh():
+                start = self.finetune(job).start(self.options.seed)
+                loss = self.finetune(job).heldout_loss(start.params, start.frozen)
             self.folder.finish(name, {"heldout_loss": loss})
         return self.folder.runs[name]["heldout_loss"]
 
@@ -117,9 +127,12 @@ class Lab(Generic[Config]):
         """
         todo = [run for run in runs if run.name not in self.folder.runs]
         if todo:
-            finetune = self.finetune(job)
             total, left = len(runs) * job.steps, len(todo) * job.steps
-            with tqdm(total=total, initial=total - left, unit="step") as progress:
+            with (
+                self.on_mesh(),
+                tqdm(total=total, initial=total - left, unit="step") as progress,
+            ):
+                finetune = self.finetune(job)
                 for run in todo:
                     progress.set_description(run.name)
                     finetune.do(
@@ -150,9 +163,28 @@ class Lab(Generic[Config]):
         heading = f"{title}, {self.options.preset}"
         write_report(self.folder, heading, question, tables, pictures, made)
 
+    def on_mesh(self) -> contextlib.AbstractContextManager:
+        """Where a `Finetune` has to be made and used."""
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
     def _make(self, job: Job) -> Finetune:
         dataset = Dataset(job, self.options.data, self.options.models)
-        return Finetune(job, dataset, self.options.models)
+        return Finetune(job, dataset, self.options.models, self._mesh)
+
+
+def _mesh(shape: tuple[int, int, int]) -> Mesh | None:
+    count, found = math.prod(shape), jax.devices()
+    if min(shape) < 1 or count > len(found):
+        raise UserError(f"--mesh {shape}: must be positive, with a product of 1 ... {len(found)}")
+    return make_mesh(*shape, devices=found[:count]) if count > 1 else None
+
+
+def _describe(data: Path | None) -> dict[str, str] | None:
+    """The user's text: where it is and what is in it."""
+    if data is None:
+        return None
+    splits = read_corpus(data).splits
+    return {"path": str(data)} | {name: splits[name].digest.sha256 for name in splits}
 
 
 def perplexity(record: Record) -> float:
@@ -168,8 +200,3 @@ def perplexities(records: Sequence[Record]) -> str:
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return number(max(values))
     return f"{number(statistics.fmean(values))} ± {number(statistics.stdev(values))}"
-
-
-def times(rate: float, multiple: float) -> float:
-    """The product to nine digits: 3 * 3e-3 is 0.009 to a reader, and the same float32."""
-    return float(f"{rate * multiple:.9g}")

@@ -12,11 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from experiments.batches import Batch, Batches
 from experiments.faults import Fault, rate_factor, spoil_batch, spoil_gradients
 from experiments.methods import guard_telemetry
 from experiments.models import loss as losses
+from experiments.models.sharding import BATCH, shardings
 
 
 class TrainState(NamedTuple):
@@ -80,6 +83,7 @@ class Trainer:
         optimizer.
       chunk_steps: Steps per call of the compiled function; it hides the cost of Python.
       vocabulary: Number of token ids, for faults that draw random ones.
+      mesh: Devices that share the work, see `experiments.models.sharding`; None: the default one.
     """
 
     def __init__(
@@ -89,8 +93,10 @@ class Trainer:
         *,
         chunk_steps: int,
         vocabulary: int,
+        mesh: Mesh | None = None,
     ):
         self.chunk_steps = chunk_steps
+        self._mesh = mesh
         self._compiled: dict[bool, Any] = {}
         loss_fn = functools.partial(next_token_loss, graphdef)
 
@@ -100,13 +106,18 @@ class Trainer:
                 rate = lambda step: learning_rate * rate_factor(*fault, step)  # noqa: E731
             return optax.with_extra_args_support(make_tx(rate))
 
+        def placed(state):
+            if mesh is None:
+                return state
+            return jax.lax.with_sharding_constraint(state, shardings(state, mesh))
+
         @jax.jit
         def init(params, learning_rate, fault):
             # train_chunk donates its state: what is in there must be a copy, and (being made in a
             # compiled function) no two of its leaves share a buffer.
             params = jax.tree.map(jnp.copy, params)
             opt_state = optimizer(learning_rate, fault).init(params)
-            return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+            return placed(TrainState(jnp.zeros((), jnp.int32), params, opt_state))
 
         @functools.partial(jax.jit, donate_argnums=0)
         def train_chunk(state, frozen, batches, learning_rate, fault):
@@ -126,7 +137,8 @@ class Trainer:
                 metrics = Metrics(loss, optax.tree.norm(grads), guard_telemetry(opt_state))
                 return TrainState(state.step + 1, params, opt_state), metrics
 
-            return jax.lax.scan(train_step, state, batches)
+            state, metrics = jax.lax.scan(train_step, state, batches)
+            return placed(state), metrics
 
         self._init = init
         self._train_chunk = train_chunk
@@ -192,7 +204,10 @@ class Trainer:
                 pending = None
 
         for step in range(int(state.step), steps, self.chunk_steps):
-            arguments = (state, frozen, batches.chunk(step, self.chunk_steps), rate, fault)
+            chunk = batches.chunk(step, self.chunk_steps)
+            if self._mesh is not None:
+                chunk = jax.device_put(chunk, NamedSharding(self._mesh, P(None, *BATCH)))
+            arguments = (state, frozen, chunk, rate, fault)
             run = self._program(arguments)
             started = time.perf_counter()
             state, metrics = run(*arguments)

@@ -65,24 +65,3 @@ def test_windows_are_capped_and_spread():
     windows = data.heldout_windows(tokens, seq_len=10, batch_size=4, max_windows=4)
     np.testing.assert_array_equal(windows[0, :, 0], [0, 30, 60, 90])
     assert data.heldout_windows(tokens[:11], 10, 4, 4).shape == (1, 1, 11)
-
-
-def test_folder_is_read_in_order_without_binary_files(tmp_path):
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "c.txt").write_text("three")
-    (tmp_path / "z.txt").write_text("two")
-    (tmp_path / "a.txt").write_text("one")
-    (tmp_path / "picture").write_bytes(b"\xff\xfe\x00")
-    (tmp_path / ".hidden").write_text("no")
-    assert data.read_text(tmp_path).content == b"one\ntwo\nthree"
-    assert data.read_text(tmp_path / "a.txt").content == b"one"
-
-
-def test_missing_and_empty_data_are_named(tmp_path):
-    with pytest.raises(UserError, match="no such file or folder"):
-        data.read_text(tmp_path / "absent")
-    (tmp_path / "empty").write_text(" \n")
-    with pytest.raises(UserError, match="no text"):
-        data.read_text(tmp_path / "empty")
-    with pytest.raises(UserError, match="no text"):
-        data.read_text(tmp_path)

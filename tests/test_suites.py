@@ -7,7 +7,9 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from helpers import norm
 from suite_helpers import CHUNK, TINY_JOB
 
 from experiments import jobs, methods
@@ -25,6 +27,7 @@ from experiments.suites import (
     tinyllama,
 )
 
+COMPARED = (methods.ADAMW, "schedule-free AdamW", methods.GUARD)
 FULL = dataclasses.replace(
     TINY_JOB,
     base=dataclasses.replace(
@@ -63,6 +66,8 @@ def results(tmp_path_factory, cache):
             "SWITCHED_OFF",
             {"no envelope": neutrality.SWITCHED_OFF["no envelope"]},
         )
+        few = {name: methods.baselines(TINY_JOB.steps)[name] for name in COMPARED}
+        patch.setattr(reference, "baselines", lambda steps: few)
         assert main(["all", "--preset", "tiny", "--results", str(folder)]) == 0
         before = _contents(folder)
         # Again: everything is read, nothing is run.
@@ -97,7 +102,27 @@ def test_reference_measures_the_loss_on_the_way(results):
     plain = [row for row in rows if row["run"] == "AdamW" and "heldout_loss" in row]
     assert [row["step"] for row in plain] == [2 * CHUNK, 4 * CHUNK]
     assert 0 < plain[0]["seconds"] < plain[1]["seconds"]
-    assert set(_rows(results, "reference")) >= set(methods.baselines(TINY_JOB.steps))
+    assert set(_rows(results, "reference")) >= set(COMPARED)
+
+
+@pytest.mark.parametrize("name", methods.baselines(8))
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_every_method_takes_a_rate_or_a_schedule(name, scheduled):
+    method = methods.baselines(8)[name]
+
+    @jax.jit
+    def descend(rate, params):
+        tx = optax.with_extra_args_support(method((lambda step: rate) if scheduled else rate))
+        state = tx.init(params)
+        for _ in range(3):
+            value, grads = jax.value_and_grad(lambda p: jnp.sum(p["w"] ** 2))(params)
+            updates, state = tx.update(grads, state, params, value=value)
+            params = optax.apply_updates(params, updates)
+        return methods.evaluated(state, params)
+
+    start = {"w": jnp.linspace(1.0, 2.0, 6)}
+    end = descend(jnp.float32(1e-2), start)
+    assert norm(end) < norm(start)
 
 
 def test_seeds_differ(results):
@@ -125,6 +150,24 @@ def test_a_healthy_path_is_identical(results):
     runs = json.loads((results / "neutrality" / "tiny" / "runs.json").read_text())
     assert all(stop["identical"] for stop in runs["paths at 0.5x"]["stops"])
     assert not any(stop["identical"] for stop in runs["paths at 100x"]["stops"])
+
+
+def test_eight_devices_end_as_one(results, cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("LBW_OPTAX_CACHE", str(cache))
+    monkeypatch.setitem(lr_stress.PRESETS, "tiny", lr_stress.LrStressConfig(TINY_JOB, (100,)))
+    options = ["--preset", "tiny", "--results", str(tmp_path), "--mesh", "2", "2", "2"]
+    assert main(["lr-stress", "--methods", "guard(AdamW)", *options]) == 0
+    ours, theirs = (
+        _rows(folder, "lr_stress")["guard(AdamW) at 100x"] for folder in (tmp_path, results)
+    )
+    assert float(ours["heldout_loss"]) == pytest.approx(float(theirs["heldout_loss"]), abs=1e-4)
+    for field in ("guard_control_active_steps", "guard_regime_switches", "guard_regime"):
+        assert ours[field] == theirs[field]
+
+
+def test_a_mesh_without_devices_is_one_line(tmp_path, capsys):
+    assert main(["lr-stress", "--results", str(tmp_path), "--mesh", "3", "3", "1"]) == 2
+    assert "--mesh (3, 3, 1): must be positive, with a product of" in capsys.readouterr().err
 
 
 def test_unknown_method_is_one_line(tmp_path, capsys):

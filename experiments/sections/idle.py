@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bench import Bar, Bench, Findings, Row, at_multiple, mean
-from experiments.methods import ADAMW, GUARD, PEERS
+from experiments.bench import Bar, Bench, Findings, Row, mean
+from experiments.methods import ADAMW, GUARD, PEERS, at_multiple
 from experiments.report import Table
 from experiments.sections.stress import adamw_best_rate
 from experiments.sweep import Case, Outcome, make_run

@@ -9,8 +9,8 @@ import optax
 from experiments import jobs, peers, plots
 from experiments.finetune import Run
 from experiments.jobs import Job
-from experiments.lab import Arguments, Lab, perplexity, times
-from experiments.methods import ADAMW, GUARD, Method, adamw, guard
+from experiments.lab import Arguments, Lab, perplexity
+from experiments.methods import ADAMW, GUARD, Method, adamw, at_multiple, guard
 from experiments.report import Table, guard_table, number
 
 AGC_CLIPPING = 0.01
@@ -46,7 +46,7 @@ def clipping(options: Arguments) -> None:
     lab = Lab("clipping", options, PRESETS)
     job = lab.config.job
     methods = clippers(lab.config.norms)
-    rate = times(job.reference_lr, lab.config.multiple)
+    rate = at_multiple(job.reference_lr, lab.config.multiple)
     runs = {name: Run(name, name, rate, options.seed) for name in methods}
     reference = Run("AdamW at 1x", ADAMW, job.reference_lr, options.seed)
     zero_step = lab.zero_step(job)

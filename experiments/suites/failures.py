@@ -8,8 +8,8 @@ from experiments import jobs
 from experiments.faults import Fault, drills
 from experiments.finetune import Run
 from experiments.jobs import Job
-from experiments.lab import Arguments, Lab, Record, perplexities, times
-from experiments.methods import ADAMW, GUARD, baselines
+from experiments.lab import Arguments, Lab, Record, perplexities
+from experiments.methods import ADAMW, GUARD, at_multiple, baselines
 from experiments.report import Table, number
 
 CLEAN = "nothing"
@@ -92,7 +92,7 @@ def failures(options: Arguments) -> None:
             (method, seed): Run(
                 f"{name}: {method}, seed {seed}",
                 method,
-                times(job.reference_lr, scenario.multiple),
+                at_multiple(job.reference_lr, scenario.multiple),
                 seed,
                 faults[scenario.fault],
             )

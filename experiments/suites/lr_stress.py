@@ -17,8 +17,8 @@ from experiments import jobs, plots
 from experiments.errors import UserError
 from experiments.finetune import Run
 from experiments.jobs import Job
-from experiments.lab import Arguments, Lab, Options, perplexity, times
-from experiments.methods import ADAMW, GUARD, baselines
+from experiments.lab import Arguments, Lab, Options, perplexity
+from experiments.methods import ADAMW, GUARD, at_multiple, baselines
 from experiments.report import Table, guard_table, number
 
 PLOTTED_MULTIPLE = 100
@@ -94,7 +94,7 @@ def sweep_rates(
         (method, multiple): Run(
             f"{method} at {multiple:g}x",
             method,
-            times(job.reference_lr, multiple),
+            at_multiple(job.reference_lr, multiple),
             options.seed,
         )
         for multiple in multiples
@@ -126,7 +126,7 @@ def sweep_rates(
             *((method, lab.folder.metrics(name)) for method, name in stressed.items()),
             math.log(zero_step),
             f"Learning rate {PLOTTED_MULTIPLE}x too high "
-            f"({times(job.reference_lr, PLOTTED_MULTIPLE):g})",
+            f"({at_multiple(job.reference_lr, PLOTTED_MULTIPLE):g})",
         )
     lab.publish(
         title,

@@ -19,8 +19,8 @@ from experiments import jobs, plots
 from experiments.curvature import hessian_trace
 from experiments.finetune import Run
 from experiments.jobs import Job
-from experiments.lab import Arguments, Lab, Record, perplexity, times
-from experiments.methods import ADAMW, GUARD, Method, adamw, guard
+from experiments.lab import Arguments, Lab, Record, perplexity
+from experiments.methods import ADAMW, GUARD, Method, adamw, at_multiple, guard
 from experiments.report import Table, number
 from experiments.suites.study import SWITCHED_OFF
 
@@ -75,7 +75,7 @@ def _ablation(lab: Lab[NeutralityConfig]) -> tuple[Table, dict[str, list[float]]
         methods[name] = functools.partial(_guard_with, lbw_optax.Law(**changes))
     runs = {
         (name, multiple): Run(
-            f"{name} at {multiple:g}x", name, times(job.reference_lr, multiple), seed
+            f"{name} at {multiple:g}x", name, at_multiple(job.reference_lr, multiple), seed
         )
         for name in methods
         for multiple in config.multiples
@@ -115,8 +115,9 @@ def _paths(lab: Lab[NeutralityConfig]) -> list[Table]:
     for multiple in config.path_multiples:
         name = f"paths at {multiple:g}x"
         if name not in lab.folder.runs:
-            rate = times(job.reference_lr, multiple)
-            lab.folder.finish(name, {"stops": _compare(lab, rate, stops)})
+            rate = at_multiple(job.reference_lr, multiple)
+            with lab.on_mesh():
+                lab.folder.finish(name, {"stops": _compare(lab, rate, stops)})
         found: list[Record] = lab.folder.runs[name]["stops"]
         distances.append([f"{multiple:g}x", *(_difference(record) for record in found)])
         for method in (ADAMW, GUARD):

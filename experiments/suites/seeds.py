@@ -7,8 +7,8 @@ import dataclasses
 from experiments import jobs
 from experiments.finetune import Run
 from experiments.jobs import Job
-from experiments.lab import Arguments, Lab, perplexities, times
-from experiments.methods import ADAMW, GUARD, baselines
+from experiments.lab import Arguments, Lab, perplexities
+from experiments.methods import ADAMW, GUARD, at_multiple, baselines
 from experiments.report import Table, number
 
 PAPER_PERPLEXITIES = ("12.68 ± 0.14", "9.69 ± 0.06")
@@ -49,7 +49,7 @@ def seeds(options: Arguments) -> None:
         (method, multiple, seed): Run(
             f"{method} at {multiple:g}x, seed {seed}",
             method,
-            times(job.reference_lr, multiple),
+            at_multiple(job.reference_lr, multiple),
             seed,
         )
         for method in config.methods

@@ -7,8 +7,8 @@ import dataclasses
 from experiments import jobs
 from experiments.finetune import Run
 from experiments.jobs import Job
-from experiments.lab import Arguments, Lab, perplexity, times
-from experiments.methods import ADAMW, GUARD, baselines
+from experiments.lab import Arguments, Lab, perplexity
+from experiments.methods import ADAMW, GUARD, at_multiple, baselines
 from experiments.report import Table, guard_table, number
 
 
@@ -62,7 +62,7 @@ def sizes(options: Arguments) -> None:
             (method, multiple): Run(
                 f"{size}, {method} at {multiple:g}x",
                 method,
-                times(job.reference_lr, multiple),
+                at_multiple(job.reference_lr, multiple),
                 options.seed,
             )
             for multiple in config.multiples
