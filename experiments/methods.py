@@ -115,6 +115,9 @@ def baselines(steps: int) -> dict[str, Method]:
         "AdamW, LR / 10": lower,
         "AdamW, warmup + cosine": functools.partial(warmup_cosine, steps=steps),
         **{name: method for name, method in PEERS.items() if name not in (ADAMW, GUARD)},
+        # They set their own learning rate; 1 is the multiplier that their authors advise.
+        "Prodigy": lambda learning_rate: contrib.prodigy(1.0),
+        "D-Adapt AdamW": lambda learning_rate: contrib.dadapt_adamw(1.0),
         "schedule-free AdamW": contrib.schedule_free_adamw,
         "MoMo-Adam": contrib.momo_adam,
         GUARD: guard,
