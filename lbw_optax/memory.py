@@ -5,6 +5,10 @@
 | `"none"` | none | no overshoot sensed, nothing undone |
 | `"sparse"` | 1/16 of the parameters | overshoot sensed on a sample, nothing undone |
 | `"step"` | as much as the parameters | overshoot is exact, the last step can be undone |
+
+That is what is kept between steps. Within a step every mode needs room for the inner optimizer's
+step and its new state beside the old one, until the guard has decided: for AdamW up to three times
+the parameters, less where the compiler can fuse them away (`python -m experiments memory`).
 """
 
 from typing import Any

@@ -1,6 +1,7 @@
 """Policy: the bounded control law, from a diagnosis to a command. Pure functions of scalars."""
 
 import enum
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -93,26 +94,9 @@ class Envelope(NamedTuple):
 
 
 def init_controller(params: Any, law: Law) -> Controller:
-    r"""Returns the controller of a run that has not begun; its very first steps are not excused.
-
-    Arrays that start at zero, such as half of LoRA's, will get a size, but have none yet. They
-    count as large as the others, :math:`\|p\| \sqrt{n / n_0}` with :math:`n_0` the number of
-    parameters in arrays that are not all zero.
-
-    Args:
-      params: the parameters at the start.
-      law: the constants.
-    """
-    leaves = [leaf for leaf in jax.tree.leaves(params) if is_inexact(leaf)]
-    size = sum(leaf.size for leaf in leaves)
-    sized = sum(jnp.where(jnp.any(leaf != 0), leaf.size, 0) for leaf in leaves)
-    start = {
-        "applied_scale": 1,
-        "latch": 1,
-        "earned": 1,
-        "too_long": law.brief_steps,
-        "spread": jnp.where(sized > 0, jnp.sqrt(size / jnp.maximum(sized, 1)), 1),
-    }
+    """Returns the controller of a run that has not begun; its very first steps are not excused."""
+    start = {"applied_scale": 1, "latch": 1, "earned": 1}
+    start |= {"too_long": law.brief_steps, "spread": _spread(params)}
     whole = ("rejections", "nonfinites", "too_long")
     return Controller(
         **{
@@ -120,6 +104,22 @@ def init_controller(params: Any, law: Law) -> Controller:
             for name in Controller._fields
         }
     )
+
+
+def _spread(params: Any) -> jax.Array:
+    r"""Counts arrays that start at zero as large as the others: :math:`\sqrt{n / n_0}`.
+
+    Such arrays, half of LoRA's for instance, will get a size but have none yet. :math:`n_0` is the
+    number of parameters in the arrays that are not all zero.
+    """
+    count = nonzero = 0.0
+    for leaf in filter(is_inexact, jax.tree.leaves(params)):
+        size = float(math.prod(getattr(leaf, "shape", ())))
+        # A shape without values says nothing: it counts as not all zero.
+        is_set = isinstance(leaf, jax.ShapeDtypeStruct) or jnp.any(jnp.asarray(leaf) != 0)
+        count += size
+        nonzero += jnp.where(is_set, size, 0.0)
+    return jnp.where(nonzero > 0, jnp.sqrt(count / jnp.maximum(nonzero, 1.0)), 1.0)
 
 
 def envelope(

@@ -314,3 +314,4 @@ def test_arrays_that_start_at_zero_count_as_large_as_the_others():
     assert spread({"a": jnp.ones(6), "b": jnp.zeros((0,))}) == 1
     assert spread({"a": jnp.ones(6), "count": jnp.zeros(3, jnp.int32)}) == 1
     assert spread({"a": jnp.zeros(6)}) == 1
+    assert spread({"a": jax.ShapeDtypeStruct((6,), jnp.float32)}) == 1
