@@ -1,13 +1,13 @@
-"""What the tests of the models share: two tiny models, and files that are not in the project."""
+"""What the tests of the models share: two tiny models."""
 
 import dataclasses
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from shared_data import shared_data
 
 from experiments.models.config import DecoderConfig
 from experiments.models.decoder import Decoder
@@ -28,19 +28,10 @@ PARAMETERS = {
 }
 """Published model -> its number of parameters."""
 
-_DATA = Path(__file__).parents[2] / "shared" / "data"
-
-
-def data_file(name):
-    """A real file that tests may use where it is there."""
-    if not (_DATA / name).exists():
-        pytest.skip(f"needs {name}, which is not part of the project")
-    return _DATA / name
-
 
 def published_config(name):
     """The config.json of a published model."""
-    (file,) = data_file("configs").glob(f"{name}*")
+    (file,) = shared_data("configs").glob(f"{name}*")
     return json.loads(file.read_text())
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from model_helpers import LLAMA, QWEN, data_file, decoder
+from model_helpers import LLAMA, QWEN, decoder
+from shared_data import shared_data
 
 from experiments.errors import UserError
 from experiments.models.generate import generate
@@ -23,17 +24,17 @@ On the first 500 it is 1.2969, on all 3,117 1.3034; 1.2968 is published, for oth
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Llama2cTokenizer(data_file("checkpoints/stories260K/tok512.bin"))
+    return Llama2cTokenizer(shared_data("checkpoints/stories260K/tok512.bin"))
 
 
 @pytest.fixture(scope="module")
 def model():
-    return load_llama2c(data_file("checkpoints/stories260K/stories260K.bin"))
+    return load_llama2c(shared_data("checkpoints/stories260K/stories260K.bin"))
 
 
 @pytest.fixture(scope="module")
 def stories():
-    text = data_file("tinystories/valid.txt").read_text()
+    text = shared_data("tinystories/valid.txt").read_text()
     return [story.strip() for story in text.split("<|endoftext|>")]
 
 
