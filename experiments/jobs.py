@@ -141,16 +141,17 @@ NANO = Job(
 NANO_SHORT = dataclasses.replace(NANO, steps=200, batch_size=4)
 """The same with a quarter of the tokens, for suites of many runs."""
 
+SMALL_RECIPE = PretrainConfig(
+    # The learning rate is GPT-3's for 125M parameters; 4000 steps are 13 epochs of the 10 MB.
+    steps=4000,
+    batch_size=64,
+    learning_rate=6e-4,
+    chunk_steps=50,
+    checkpoint_steps=1000,
+)
+
 SMALL = Job(
-    base=Base(
-        "88M decoder",
-        byte_decoder(768, 14, 12, 1024),
-        # The learning rate is GPT-3's for 125M parameters; 4000 steps are 13 epochs of the 10 MB.
-        PretrainConfig(
-            steps=4000, batch_size=64, learning_rate=6e-4, chunk_steps=50, checkpoint_steps=1000
-        ),
-        "bfloat16",
-    ),
+    base=Base("91M decoder", byte_decoder(768, 14, 12, 1024), SMALL_RECIPE, "bfloat16"),
     corpus="python-manual",
     # A guess from LoRA practice (1e-4 to 1e-3), still to be tuned.
     reference_lr=3e-4,
@@ -162,8 +163,7 @@ SMALL = Job(
     heldout_batch_size=16,
     dtype="bfloat16",
 )
-"""A LoRA fine-tune of an 88M-parameter byte model on one GPU with 24 GB. Not run yet."""
-
+"""A LoRA fine-tune of an 91M-parameter byte model on one GPU with 24 GB. Not run yet."""
 
 STORIES = Job(
     base=Base("stories260K", llama2c=("stories260K.bin", "tok512.bin")),

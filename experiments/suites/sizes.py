@@ -24,25 +24,32 @@ class SizesConfig:
     """What is compared."""
 
 
-def _nano_sizes() -> dict[str, Job]:
-    """Widths and depths that stand to each other as those of 3B, 7B and 14B, roughly."""
-    shapes = {"width 64, 3 layers": (64, 3), "width 112, 2 layers": (112, 2)}
-    shapes["width 160, 4 layers"] = (160, 4)
+def _sizes(job: Job, recipe: jobs.PretrainConfig, shapes: dict[str, tuple[int, int, int]]):
+    """A job with bases of other widths, depths and numbers of heads."""
     return {
         name: dataclasses.replace(
-            jobs.NANO_SHORT,
-            base=jobs.Base(
-                name,
-                jobs.byte_decoder(width, layers, 8, 128),
-                dataclasses.replace(jobs.NANO_RECIPE, steps=1000),
+            job,
+            base=dataclasses.replace(
+                job.base,
+                name=name,
+                config=jobs.byte_decoder(*shape, job.base.config.max_position_embeddings),
+                recipe=recipe,
             ),
         )
-        for name, (width, layers) in shapes.items()
+        for name, shape in shapes.items()
     }
 
 
+# Narrow and deep, wide and shallow, wide and deep: as 3B, 7B and 14B stand to each other.
+_NANO = {"width 64, 3 layers": (64, 3, 8), "width 112, 2 layers": (112, 2, 8)}
+_NANO["width 160, 4 layers"] = (160, 4, 8)
+_SMALL = {"58M": (512, 20, 8), "91M": (768, 14, 12), "159M": (896, 18, 14)}
+
 PRESETS = {
-    "nano": SizesConfig(_nano_sizes()),
+    "nano": SizesConfig(
+        _sizes(jobs.NANO_SHORT, dataclasses.replace(jobs.NANO_RECIPE, steps=1000), _NANO)
+    ),
+    "small": SizesConfig(_sizes(jobs.SMALL, jobs.SMALL_RECIPE, _SMALL)),
     "paper": SizesConfig({size: jobs.PAPER[size] for size in ("3B", "7B", "14B")}, (1, 5)),
 }
 """Name -> settings."""

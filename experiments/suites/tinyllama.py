@@ -5,25 +5,24 @@ from __future__ import annotations
 import dataclasses
 
 from experiments import jobs
+from experiments.jobs import Job
 from experiments.lab import Arguments
 from experiments.suites.lr_stress import LrStressConfig, sweep_rates
 
-_NANO = dataclasses.replace(
-    jobs.NANO_SHORT,
-    base=jobs.Base(
-        "0.2M Llama",
-        # What makes a Llama of a Qwen2.5: no bias on queries, keys and values, a head of its own.
-        jobs.byte_decoder(
-            96, 2, 4, 128, attention_bias=False, tie_word_embeddings=False, rms_norm_eps=1e-5
-        ),
-        jobs.NANO_RECIPE,
-    ),
-    lora=None,
-    reference_lr=1e-3,
-)
+
+def _llama(job: Job, name: str, reference_lr: float) -> Job:
+    """A job that trains all parameters of a Llama of the same shape."""
+    # What makes a Llama of a Qwen2.5: no bias on queries, keys and values, a head of its own.
+    config = dataclasses.replace(
+        job.base.config, attention_bias=False, tie_word_embeddings=False, rms_norm_eps=1e-5
+    )
+    base = dataclasses.replace(job.base, name=name, config=config)
+    return dataclasses.replace(job, base=base, lora=None, reference_lr=reference_lr)
+
 
 PRESETS = {
-    "nano": LrStressConfig(_NANO, (0.3, 1, 3, 10, 30, 100)),
+    "nano": LrStressConfig(_llama(jobs.NANO_SHORT, "0.2M Llama", 1e-3), (0.3, 1, 3, 10, 30, 100)),
+    "small": LrStressConfig(_llama(jobs.SMALL, "91M Llama", 1e-4), (0.3, 1, 3, 10, 30, 100)),
     "stories": LrStressConfig(
         dataclasses.replace(jobs.STORIES, lora=None, reference_lr=1e-3),
         (0.1, 0.3, 1, 3, 10, 30, 100),
