@@ -164,8 +164,11 @@ class TestErrors:
         fails("no text", "--data", str(tmp_path / "empty"))
 
     def test_short_data(self, fails, tmp_path):
-        (tmp_path / "short").write_text("far too short")
-        fails("train: 13 tokens, but 17 are needed", "--data", str(tmp_path / "short"))
+        text = tmp_path / "text"
+        text.mkdir()
+        (text / "train.txt").write_text("far too short")
+        (text / "test.txt").write_text("also short")
+        fails("train: 14 tokens, but 17 are needed", "--data", str(text))
 
     def test_folder_that_cannot_be_written(self, fails, tmp_path):
         (tmp_path / "file").touch()

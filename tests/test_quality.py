@@ -11,12 +11,13 @@ import optax
 import pytest
 from flax import nnx
 
-from experiments import bench, faults, peers, presets, quality, study, tasks
+from experiments import bench, faults, peers, presets, tasks
 from experiments.__main__ import main
 from experiments.errors import UserError
 from experiments.models.config import DecoderConfig
 from experiments.models.decoder import Decoder
 from experiments.sections import drills, idle, optimizers, problems, stress
+from experiments.suites import quality, study
 
 TINY = presets.BenchPreset(
     model=DecoderConfig(8, 16, 1, 2, 1, 4, vocab_size=256),
