@@ -66,7 +66,7 @@ class FailuresConfig:
 
 
 PRESETS = {
-    "nano": FailuresConfig(jobs.NANO_SHORT),
+    "nano": FailuresConfig(jobs.NANO_SHORT, seeds=1),
     "small": FailuresConfig(jobs.SMALL, seeds=1),
     "paper": FailuresConfig(jobs.PAPER["7B"], seeds=1),
 }
@@ -122,7 +122,9 @@ def failures(options: Arguments) -> None:
                     [name, *(perplexities(found) for found in cells.values())]
                     for name, cells in records.items()
                 ],
-                f"Mean ± standard deviation over {config.seeds} seeds.",
+                "One seed."
+                if config.seeds == 1
+                else f"Mean ± standard deviation over {config.seeds} seeds.",
             ),
             Table(
                 "Productive compute",
