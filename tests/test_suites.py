@@ -14,7 +14,7 @@ from flax import nnx
 from helpers import norm
 from suite_helpers import CHUNK, TINY_JOB
 
-from experiments import jobs, methods
+from experiments import faults, jobs, methods
 from experiments.__main__ import main
 from experiments.curvature import hessian_trace
 from experiments.models.decoder import Decoder
@@ -31,6 +31,7 @@ from experiments.suites import (
     tinyllama,
 )
 
+FAULT = "NaN gradients, 1 % of steps"
 COMPARED = (methods.ADAMW, "schedule-free AdamW", methods.GUARD)
 FULL = dataclasses.replace(
     TINY_JOB,
@@ -52,7 +53,7 @@ TINY = {
     ),
     reference: reference.ReferenceConfig(TINY_JOB, eval_steps=2 * CHUNK),
     seeds: seeds.SeedsConfig(TINY_JOB, seeds=2, multiples=(1,), methods=("AdamW", "guard(AdamW)")),
-    sizes: sizes.SizesConfig({"one": TINY_JOB, "two": FULL}, multiples=(1,)),
+    sizes: sizes.SizesConfig({"one": TINY_JOB, "two": FULL}, (1,), ("AdamW", "guard(AdamW)")),
     tinyllama: lr_stress.LrStressConfig(FULL, multiples=(1, 100)),
 }
 
@@ -70,6 +71,9 @@ def results(tmp_path_factory, cache):
             "SWITCHED_OFF",
             {"no envelope": neutrality.SWITCHED_OFF["no envelope"]},
         )
+        scenarios = TINY[failures].scenarios()
+        some = {name: scenarios[name] for name in (failures.CLEAN, FAULT)}
+        patch.setattr(failures.FailuresConfig, "scenarios", lambda self: some)
         few = {name: methods.baselines(TINY_JOB.steps)[name] for name in COMPARED}
         patch.setattr(reference, "baselines", lambda steps: few)
         assert main(["all", "--preset", "tiny", "--results", str(folder)]) == 0
@@ -137,9 +141,8 @@ def test_seeds_differ(results):
 
 def test_a_fault_reaches_the_run_and_the_guard_carries_it(results):
     rows = _rows(results, "failures")
-    fault = "NaN gradients, 1 % of steps"
-    assert rows[f"{fault}: AdamW, seed 0"]["heldout_loss"] == ""
-    guarded = rows[f"{fault}: guard(AdamW), seed 0"]
+    assert rows[f"{FAULT}: AdamW, seed 0"]["heldout_loss"] == ""
+    guarded = rows[f"{FAULT}: guard(AdamW), seed 0"]
     assert float(guarded["heldout_loss"]) < 6
     assert int(guarded["guard_nonfinite_steps"]) == 1
 
@@ -214,6 +217,11 @@ def test_presets_come_in_whole_chunks(module):
             if job.base.recipe is not None:
                 assert job.base.recipe.steps % job.base.recipe.chunk_steps == 0
                 assert job.seq_len <= job.base.config.max_position_embeddings
+
+
+def test_every_scenario_names_a_fault_that_there_is():
+    for scenario in failures.PRESETS["nano"].scenarios().values():
+        assert scenario.fault in faults.drills(100)
 
 
 def test_a_job_of_broken_chunks_is_refused():
