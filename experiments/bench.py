@@ -1,4 +1,4 @@
-"""What the sections of the suites `quality` and `study` share: tasks, finished cells, tables."""
+"""What the suites `quality` and `study` share: results folder, tasks, finished cells, report."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from experiments.environment import described, made_with
+from experiments.errors import UserError
 from experiments.presets import BenchPreset
-from experiments.report import Table
+from experiments.report import Table, write_report
 from experiments.results import Results
 from experiments.tasks import Task, language_tasks
 
@@ -41,14 +44,32 @@ class Findings(NamedTuple):
 
 
 class Bench:
-    """The tasks of a preset, and a results folder that remembers finished cells."""
+    """The tasks of a preset, and a results folder that remembers finished cells.
 
-    def __init__(self, preset: BenchPreset, folder: Results):
-        self.preset = preset
-        self._folder = folder
+    Args:
+      suite: Name of the suite.
+      preset: Name of its size.
+      presets: Name -> size.
+      results: Folder for the results; the suite writes to SUITE/PRESET in it.
+      fresh: Whether to start over.
+    """
+
+    def __init__(
+        self,
+        suite: str,
+        preset: str,
+        presets: Mapping[str, Callable[[], BenchPreset]],
+        results: Path,
+        fresh: bool,
+    ):
+        if preset not in presets:
+            raise UserError(f"--preset {preset}: unknown; choose one of {', '.join(presets)}")
+        self.preset = presets[preset]()
+        config = described(suite, preset, self.preset)
+        self._folder = Results(results / suite / preset, config, fresh=fresh)
         self._console = Console()
         self.task: Callable[[str], Task] = functools.cache(
-            lambda name: language_tasks(preset, (name,))[name]
+            lambda name: language_tasks(self.preset, (name,))[name]
         )
 
     def cell(self, name: str, measure: Callable[[], Iterable[Row]]) -> list[Row]:
@@ -70,6 +91,35 @@ class Bench:
             self._console.print(f"{name}: {seconds:.0f} s", highlight=False, soft_wrap=True)
             rows = self._folder.cell(name)
         return [row | {"loss": math.inf} if row.get("loss", 0.0) is None else row for row in rows]
+
+    def publish(
+        self,
+        title: str,
+        question: str,
+        found: Sequence[Findings],
+        pictures: Mapping[str, bytes],
+    ) -> None:
+        """Writes summary, pictures and report, and prints the tables.
+
+        Args:
+          title: Title of the report.
+          question: What the suite asks.
+          found: What was found.
+          pictures: File name -> PNG file.
+        """
+        tables = [table for findings in found for table in findings.tables]
+        bars = [bar for findings in found for bar in findings.bars]
+        if bars:
+            tables.insert(0, _bar_table(bars))
+        self._folder.write_csv("summary.csv", [row for findings in found for row in findings.rows])
+        write_report(self._folder, title, question, tables, pictures, made_with())
+
+
+def _bar_table(bars: Sequence[Bar]) -> Table:
+    missed = [bar for bar in bars if not bar.met]
+    rows = [[bar.name, f"{bar.value:+.3f}", f"{bar.limit:g}"] for bar in missed]
+    heading = ["bar", "measured", "at most"]
+    return Table(f"Bars missed: {len(missed)} of {len(bars)}", heading, rows)
 
 
 def losses(rows: Iterable[Row], **where: Any) -> list[float]:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -158,7 +159,12 @@ def read_corpus(path: Path) -> Corpus:
 
 def _divided(name: str, everything: Documents) -> Corpus:
     size = everything.digest.characters
-    train = size - int(size * HELDOUT_FRACTION)
+    heldout = int(size * HELDOUT_FRACTION)
+    if heldout < 2:  # One character for each of the two parts.
+        raise UserError(
+            f"{name}: {size} characters of text, but {math.ceil(2 / HELDOUT_FRACTION)} are needed"
+        )
+    train = size - heldout
     validation = train + (size - train) // 2
     parts = {TRAIN: (0, train), VALIDATION: (train, validation), TEST: (validation, size)}
     return _corpus(

@@ -6,6 +6,7 @@ A batch is a pure function of (seed, step), so a resumed run needs no iterator s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 import sysconfig
@@ -54,6 +55,7 @@ class Text:
         return hashlib.sha256(self.content).hexdigest()
 
 
+@functools.cache
 def standard_library() -> Text:
     """The Python sources of the running interpreter's standard library, about 10 MB."""
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -61,6 +63,7 @@ def standard_library() -> Text:
     return Text("the Python standard library", b"\n".join(path.read_bytes() for path in files))
 
 
+@functools.cache
 def python_manual() -> Text:
     """The language reference that `help("while")` reads: English prose, about 0.4 MB.
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from experiments.batches import Batches
-from experiments.corpus import TEST, TRAIN, Corpus, corpus_of_text, read_corpus, wikitext103
+from experiments.corpus import TEST, TRAIN, Corpus, corpus_of_text, wikitext103
 from experiments.data import python_manual
 from experiments.errors import UserError
 from experiments.jobs import Job
@@ -26,11 +26,6 @@ CORPORA: dict[str, Callable[[], Corpus]] = {
 """Name in `Job.corpus` -> the corpus."""
 
 
-def corpus(job: Job, data: Path | None) -> Corpus:
-    """The user's own corpus if there is one, else the job's."""
-    return CORPORA[job.corpus]() if data is None else read_corpus(data)
-
-
 def checkpoint(job: Job, models: Path | None) -> str:
     """Where the job's checkpoint is: a folder below `models`, or its name on the hub."""
     return job.base.name if models is None else str(models / job.base.name.split("/")[-1])
@@ -41,16 +36,16 @@ class Dataset:
 
     Args:
       job: The job.
-      data: The user's own text; None takes the job's.
+      corpus: The user's own text; None takes the job's.
       models: Folder of checkpoints, which have the tokenizers too; None looks on the hub.
     """
 
-    def __init__(self, job: Job, data: Path | None, models: Path | None):
+    def __init__(self, job: Job, corpus: Corpus | None, models: Path | None):
         self._job = job
         tokenizer = _tokenizer(job, models)
         self.vocabulary = tokenizer.vocab_size
         """Number of token ids."""
-        found = corpus(job, data)
+        found = corpus or CORPORA[job.corpus]()
         self._train = tokenized(found.documents(TRAIN), tokenizer)
         heldout = tokenized(found.documents(TEST), tokenizer)
         for split, stream, least in ((TRAIN, self._train, job.seq_len + 1), (TEST, heldout, 2)):

@@ -116,7 +116,7 @@ class Finetune:
         self._mesh = mesh
         self._base = nnx.split(_load(job, models, mesh))
         self._trainers: dict[Method, Trainer] = {}
-        graphdef = self.start(0).graphdef
+        self._graphdef = graphdef = self.start(0).graphdef
 
         def loss(params, inputs):
             frozen, batch = inputs
@@ -236,7 +236,7 @@ class Finetune:
         """The method's trainer: another learning rate or seed is no new program."""
         if method not in self._trainers:
             self._trainers[method] = Trainer(
-                self.start(0).graphdef,
+                self._graphdef,
                 method,
                 chunk_steps=self.job.chunk_steps,
                 vocabulary=self._dataset.vocabulary,

@@ -9,6 +9,7 @@ import dataclasses
 
 from experiments.data import BYTE_VOCABULARY
 from experiments.lora import TARGETS
+from experiments.methods import at_multiple
 from experiments.models.config import DecoderConfig
 
 
@@ -102,6 +103,10 @@ class Job:
                     f"({self.chunk_steps})"
                 )
 
+    def rate(self, multiple: float) -> float:
+        """A learning rate in units of the reference."""
+        return at_multiple(self.reference_lr, multiple)
+
 
 def byte_decoder(width: int, layers: int, heads: int, seq_len: int, **other) -> DecoderConfig:
     """A decoder over bytes with the proportions of Qwen2.5: grouped heads, a 8/3 wide SwiGLU."""
@@ -165,17 +170,10 @@ SMALL = Job(
 )
 """A LoRA fine-tune of an 91M-parameter byte model on one GPU with 24 GB. Not run yet."""
 
-STORIES = Job(
+STORIES = dataclasses.replace(
+    NANO_SHORT,
     base=Base("stories260K", llama2c=("stories260K.bin", "tok512.bin")),
     corpus="wikitext-103",
-    reference_lr=3e-3,
-    steps=200,
-    batch_size=4,
-    seq_len=128,
-    chunk_steps=20,
-    checkpoint_steps=200,
-    heldout_batch_size=32,
-    heldout_tokens=32_768,
 )
 """A LoRA fine-tune of a Llama of 260,000 parameters that was pretrained on TinyStories: a really
 trained model, small enough for two CPU cores. Its folder has to be at hand, see `--models`."""

@@ -16,9 +16,9 @@ import tyro
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments.corpus import read_corpus
+from experiments.corpus import Corpus, read_corpus
 from experiments.dataset import Dataset
-from experiments.environment import versions
+from experiments.environment import described, made_with
 from experiments.errors import UserError
 from experiments.finetune import Finetune, Run
 from experiments.jobs import Job
@@ -28,6 +28,7 @@ from experiments.report import Table, number, write_report
 from experiments.results import Results
 
 Config = TypeVar("Config")
+Key = TypeVar("Key")
 Record = dict[str, Any]
 
 
@@ -76,22 +77,18 @@ class Lab(Generic[Config]):
         self.options = options
         self._mesh = _mesh(options.mesh)
         self.config = presets[options.preset]
-        self._suite = suite
         # The last one only: models are large.
         self.finetune: Callable[[Job], Finetune] = functools.lru_cache(maxsize=1)(self._make)
-        described = {
-            "suite": suite,
-            "preset": options.preset,
-            "settings": dataclasses.asdict(self.config),
-            "data": _describe(options.data),
+        self._corpus = None if options.data is None else read_corpus(options.data)
+        chosen = {
+            "data": self._corpus and _describe(self._corpus),
             "models": None if options.models is None else str(options.models),
             "mesh": options.mesh,
             "seed": options.seed,
-            "device": jax.devices()[0].device_kind,
-            "versions": versions(),
         }
         path = options.results / suite.replace("-", "_") / options.preset
-        self.folder = Results(path, described, fresh=options.fresh)
+        config = described(suite, options.preset, self.config) | chosen
+        self.folder = Results(path, config, fresh=options.fresh)
 
     def zero_step(self, job: Job) -> float:
         """Held-out perplexity of a job's model before the first step."""
@@ -110,22 +107,22 @@ class Lab(Generic[Config]):
     def measure(
         self,
         job: Job,
-        runs: Sequence[Run],
+        runs: Mapping[Key, Run],
         methods: Mapping[str, Method],
         eval_steps: int | None = None,
-    ) -> dict[str, Record]:
+    ) -> dict[Key, Record]:
         """Does the runs that are not done yet.
 
         Args:
           job: What they are runs of.
-          runs: The runs; their names are unique in the suite.
+          runs: What the suite calls them -> the runs; their names are unique in the suite.
           methods: Name -> optimizer.
           eval_steps: Steps between measurements of the held-out loss; by default only the last.
 
         Returns:
-          Name -> record, in the order of the runs.
+          What the suite calls them -> their records, in the order of the runs.
         """
-        todo = [run for run in runs if run.name not in self.folder.runs]
+        todo = [run for run in runs.values() if run.name not in self.folder.runs]
         if todo:
             total, left = len(runs) * job.steps, len(todo) * job.steps
             with (
@@ -138,7 +135,7 @@ class Lab(Generic[Config]):
                     finetune.do(
                         run, methods[run.method], self.folder, progress, eval_steps or job.steps
                     )
-        return {run.name: self.folder.runs[run.name] for run in runs}
+        return {key: self.folder.runs[run.name] for key, run in runs.items()}
 
     def publish(
         self,
@@ -155,10 +152,9 @@ class Lab(Generic[Config]):
         self.folder.write_csv("summary.csv", rows)
         seconds = sum(record.get("seconds", 0.0) for record in runs.values())
         made = [
-            f"device: {jax.devices()[0].device_kind}",
             f"seed: {self.options.seed}",
             f"training: {seconds:.0f} s in all, compilation and evaluation excluded",
-            "versions: " + ", ".join(f"{name} {v}" for name, v in versions().items()),
+            *made_with(),
         ]
         heading = f"{title}, {self.options.preset}"
         write_report(self.folder, heading, question, tables, pictures, made)
@@ -168,7 +164,7 @@ class Lab(Generic[Config]):
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
     def _make(self, job: Job) -> Finetune:
-        dataset = Dataset(job, self.options.data, self.options.models)
+        dataset = Dataset(job, self._corpus, self.options.models)
         return Finetune(job, dataset, self.options.models, self._mesh)
 
 
@@ -179,12 +175,10 @@ def _mesh(shape: tuple[int, int, int]) -> Mesh | None:
     return make_mesh(*shape, devices=found[:count]) if count > 1 else None
 
 
-def _describe(data: Path | None) -> dict[str, str] | None:
+def _describe(corpus: Corpus) -> dict[str, str]:
     """The user's text: where it is and what is in it."""
-    if data is None:
-        return None
-    splits = read_corpus(data).splits
-    return {"path": str(data)} | {name: splits[name].digest.sha256 for name in splits}
+    hashes = {name: documents.digest.sha256 for name, documents in corpus.splits.items()}
+    return {"path": corpus.name} | hashes
 
 
 def perplexity(record: Record) -> float:

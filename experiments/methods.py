@@ -69,8 +69,13 @@ def reduce_on_plateau(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTr
     return optax.chain(adamw(learning_rate), plateau)
 
 
-RATE_FREE = ("Prodigy", "D-Adapt AdamW")
-"""Methods that set their own learning rate."""
+RATE_FREE = {"Prodigy": contrib.prodigy, "D-Adapt AdamW": contrib.dadapt_adamw}
+"""Methods that set their own learning rate: theirs is a multiplier, and their authors advise 1."""
+
+
+def _at_one(make: Method) -> Method:
+    return lambda learning_rate: make(1.0)
+
 
 PEERS: dict[str, Method] = {
     ADAMW: adamw,
@@ -80,8 +85,7 @@ PEERS: dict[str, Method] = {
     "StableAdamW": peers.stable_adamw,
     "reduce on plateau": reduce_on_plateau,
     "mechanize": lambda learning_rate: contrib.mechanize(adamw(learning_rate)),
-    "Prodigy": contrib.prodigy,
-    "D-Adapt AdamW": contrib.dadapt_adamw,
+    **{name: _at_one(make) for name, make in RATE_FREE.items()},
     GUARD: lambda learning_rate: lbw_optax.guard(adamw(learning_rate)),
 }
 """Name -> method, of the suite `quality`; the guard with its defaults, as a user has it."""
@@ -115,9 +119,6 @@ def baselines(steps: int) -> dict[str, Method]:
         "AdamW, LR / 10": lower,
         "AdamW, warmup + cosine": functools.partial(warmup_cosine, steps=steps),
         **{name: method for name, method in PEERS.items() if name not in (ADAMW, GUARD)},
-        # They set their own learning rate; 1 is the multiplier that their authors advise.
-        "Prodigy": lambda learning_rate: contrib.prodigy(1.0),
-        "D-Adapt AdamW": lambda learning_rate: contrib.dadapt_adamw(1.0),
         "schedule-free AdamW": contrib.schedule_free_adamw,
         "MoMo-Adam": contrib.momo_adam,
         GUARD: guard,
@@ -170,7 +171,7 @@ def guard_telemetry(opt_state: Any) -> tuple[jax.Array, jax.Array] | None:
     state = optax.tree.get(opt_state, "GuardState")
     if state is None:
         return None
-    return optax.tree.get(state, "scale"), optax.tree.get(state, "regime")
+    return state.controller.scale, state.regime
 
 
 def guard_record(opt_state: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
 
-from experiments.errors import UserError
 from experiments.jobs import PretrainConfig, byte_decoder
 from experiments.models.config import DecoderConfig
 
@@ -75,17 +73,7 @@ def quality_pico() -> BenchPreset:
     Command: `python -m experiments quality --preset pico`
     Hardware: CPU, 1 GB of memory, no download.
     """
-    return BenchPreset(
-        model=byte_decoder(32, 1, 4, 32),
-        pretrain=PretrainConfig(
-            steps=1500, batch_size=16, learning_rate=3e-3, chunk_steps=50, checkpoint_steps=1500
-        ),
-        seq_len=32,
-        batch_size=8,
-        steps=300,
-        seeds=(0, 1, 2),
-        rates=half_decades(-4, 9),
-    )
+    return dataclasses.replace(quality_nano(), model=byte_decoder(32, 1, 4, 32))
 
 
 def study_nano() -> BenchPreset:
@@ -108,10 +96,3 @@ def study_pico() -> BenchPreset:
 
 QUALITY_PRESETS = {"nano": quality_nano, "pico": quality_pico}
 STUDY_PRESETS = {"nano": study_nano, "pico": study_pico}
-
-
-def bench_preset(presets: Mapping[str, Callable[[], BenchPreset]], name: str) -> BenchPreset:
-    """The preset of a name, or one clear line."""
-    if name not in presets:
-        raise UserError(f"--preset {name}: unknown; choose one of {', '.join(presets)}")
-    return presets[name]()

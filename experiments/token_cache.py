@@ -76,6 +76,7 @@ def _write(documents: Documents, tokenizer: Tokenizer, dtype: type, folder: Path
                 desc=f"tokenising {documents.name}",
                 unit="char",
                 unit_scale=True,
+                delay=1,  # A short text is done before a bar can be read.
             ) as progress,
         ):
             for texts in _batches(documents):

@@ -194,14 +194,16 @@ class Trainer:
           The state after `steps` steps.
         """
         rate = jnp.asarray(learning_rate, jnp.float32)
-        pending = None
+        pending = started = None
 
         def flush():
-            nonlocal pending
+            nonlocal pending, started
             if pending is not None:
-                step, metrics, seconds = pending
-                log(step, jax.tree.map(np.asarray, metrics), seconds)
-                pending = None
+                step, metrics = pending
+                metrics = jax.tree.map(np.asarray, metrics)  # Waits for the chunk.
+                done = time.perf_counter()
+                log(step, metrics, done - started)
+                pending, started = None, done
 
         for step in range(int(state.step), steps, self.chunk_steps):
             chunk = batches.chunk(step, self.chunk_steps)
@@ -209,17 +211,19 @@ class Trainer:
                 chunk = jax.device_put(chunk, NamedSharding(self._mesh, P(None, *BATCH)))
             arguments = (state, frozen, chunk, rate, fault)
             run = self._program(arguments)
-            started = time.perf_counter()
+            if started is None:
+                started = time.perf_counter()
             state, metrics = run(*arguments)
-            # The chunk above runs while the metrics of the one before it are written.
+            # The chunk above runs while the metrics of the one before it are written and the
+            # batches of the one after it are made: its time is that between two ends.
             flush()
-            jax.block_until_ready(metrics)
-            pending = (step, metrics, time.perf_counter() - started)
+            pending = (step, metrics)
             done = step + self.chunk_steps
             if done % save_steps == 0 or done == steps:
                 # Logs first: a resumed run finds no metrics missing before its checkpoint.
                 flush()
                 save(done, state)
+                started = None
         return state
 
     def _program(self, arguments: tuple) -> Callable[..., tuple[TrainState, Metrics]]:

@@ -21,7 +21,6 @@ class GuardState(NamedTuple):
       last_step: what is remembered of the last applied step.
       regime: the current `Regime`.
       dwell: quiet steps spent in it in a row.
-      scale: the scale in force, in [min_scale, 1].
       has_loss: whether the last update was given the loss.
       has_params: whether it was given the parameters.
       statistics: what the run has shown so far.
@@ -33,7 +32,6 @@ class GuardState(NamedTuple):
     last_step: Any
     regime: jax.Array  # shape=(), dtype=int32
     dwell: jax.Array  # shape=(), dtype=int32
-    scale: jax.Array  # shape=(), dtype=float32
     has_loss: jax.Array  # shape=(), dtype=bool
     has_params: jax.Array  # shape=(), dtype=bool
     statistics: sensing.Statistics
@@ -138,7 +136,6 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
             last_step=memory.allocate(mode, params),
             regime=jnp.zeros([], jnp.int32),
             dwell=jnp.zeros([], jnp.int32),
-            scale=jnp.ones([], jnp.float32),
             has_loss=jnp.zeros([], bool),
             has_params=jnp.zeros([], bool),
             statistics=sensing.init_statistics(),
@@ -165,7 +162,7 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
             axis_name=axis_name,
         )
         moved = state.controller.last_length > 0
-        last_scale = state.controller.applied_scale
+        last_scale = state.controller.scale
         signals = sensing.compare(state.statistics, telemetry, last_scale, has_loss, law)
 
         # Interpret.
@@ -177,7 +174,7 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
             telemetry, signals, pressure, state.controller.too_long, law
         )
         regime, dwell = interpretation.next_regime(
-            state.regime, state.dwell, diagnosis, state.scale, law
+            state.regime, state.dwell, diagnosis, last_scale, law
         )
 
         # Decide.
@@ -218,7 +215,6 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
             last_step=last_step,
             regime=regime,
             dwell=dwell,
-            scale=command.scale,
             has_loss=jnp.full([], has_loss, bool),
             has_params=jnp.full([], has_params, bool),
             statistics=statistics,

@@ -39,7 +39,7 @@ class Controller(NamedTuple):
     """The policy's memory.
 
     Attributes:
-      applied_scale: scale of the last applied step.
+      scale: the scale in force, that of the last applied step, in [min_scale, 1].
       latch: scale that the envelope has imposed; it follows the envelope down at once.
       earned: factor on the latch that the measured overshoot has earned; below 1 it anneals.
       trust_radius: absolute step length that has proved safe; 0 before the first step.
@@ -51,7 +51,7 @@ class Controller(NamedTuple):
       spread: what the norm of the parameters is multiplied with; above 1 if some started at zero.
     """
 
-    applied_scale: jax.Array  # shape=(), dtype=float32
+    scale: jax.Array  # shape=(), dtype=float32
     latch: jax.Array  # shape=(), dtype=float32
     earned: jax.Array  # shape=(), dtype=float32
     trust_radius: jax.Array  # shape=(), dtype=float32
@@ -95,7 +95,7 @@ class Envelope(NamedTuple):
 
 def init_controller(params: Any, law: Law) -> Controller:
     """Returns the controller of a run that has not begun; its very first steps are not excused."""
-    start = {"applied_scale": 1, "latch": 1, "earned": 1}
+    start = {"scale": 1, "latch": 1, "earned": 1}
     start |= {"too_long": law.brief_steps, "spread": _spread(params)}
     whole = ("rejections", "nonfinites", "too_long")
     return Controller(
@@ -257,16 +257,8 @@ def decide(
       The `Command` and the new `Controller`.
     """
     c, t = controller, telemetry
-    alarm = diagnosis.alarm
-    nonfinite = (alarm >= Cause.NONFINITE_GRADIENT) & (alarm <= Cause.NONFINITE_STEP)
-    harm = (alarm >= Cause.OVERSHOOT) & (alarm <= Cause.LOSS_JUMP)
-
-    # Reject or take?
-    rejected = nonfinite | (alarm == Cause.GRADIENT_SPIKE) | (harm & can_undo)
-    exhausted = rejected & (c.rejections >= limits.max_rejections)
-    # The first non-finite value may be the batch's fault; the next ones are likely the last step's.
-    suspect = (c.nonfinites >= 1) & (c.nonfinites <= law.nonfinite_backtracks)
-    undone = rejected & ~exhausted & (harm | (nonfinite & suspect)) & can_undo & (c.last_length > 0)
+    verdict = _judge(c, diagnosis, can_undo, law, limits)
+    nonfinite, harm, rejected, exhausted, undone = verdict
     taken = ~rejected | exhausted
 
     # How long?
@@ -275,44 +267,23 @@ def decide(
     bearable = law.stress_noise * signals.noise / jnp.where(t.overshoot > 0, t.overshoot, jnp.inf)
     keep = jnp.where(harm, jnp.clip(jnp.sqrt(bearable), law.cut_limit, law.cut), law.cut)
     lowest = jnp.float32(limits.min_scale)
-    cut = jnp.maximum(c.applied_scale * keep, lowest)
+    cut = jnp.maximum(c.scale * keep, lowest)
     latch = jnp.where(harm, jnp.minimum(latch, cut), latch)
     earned = jnp.where(harm, jnp.minimum(earned, 1), earned)
     latch = jnp.where(exhausted, lowest, latch)
-    scale = jnp.minimum(latch * earned, law.rise_limit * c.applied_scale)
+    scale = jnp.minimum(latch * earned, law.rise_limit * c.scale)
     scale = jnp.where(exhausted, lowest, jnp.clip(scale, lowest, 1))
     factor = jnp.minimum(scale, bounds.hard / jnp.where(t.step_norm > 0, t.step_norm, 1))
 
-    action = jnp.select(
-        [exhausted, undone, rejected, factor < 1],
-        [
-            jnp.int32(Action.PROCEED),
-            jnp.int32(Action.BACKTRACK),
-            jnp.int32(Action.HOLD),
-            jnp.int32(Action.SCALE),
-        ],
-        jnp.int32(Action.PASS),
-    )
-    stressed = regime == Regime.STRESS
-    cause = jnp.select(
-        [exhausted, alarm != Cause.NONE, action == Action.PASS, ~stressed, earned < 1],
-        [
-            jnp.int32(Cause.EXHAUSTED),
-            alarm,
-            jnp.int32(Cause.NONE),
-            jnp.int32(Cause.RELEASE),
-            jnp.int32(Cause.BOUNCE),
-        ],
-        jnp.int32(Cause.ENVELOPE),
-    )
+    action, cause = _name(verdict, diagnosis.alarm, regime, factor, earned)
 
     # An empty step (a micro-batch that is only accumulated) leaves the last one as it was.
     moved = taken & (t.step_norm > 0)
-    bound = stressed & (c.applied_scale < 1)
+    bound = (regime == Regime.STRESS) & (c.scale < 1)
     radius = _next_trust_radius(c, t, bounds, bound, harm | undone, law)
     learned = undone | (moved & ~nonfinite)
     next_controller = Controller(
-        applied_scale=jnp.select([undone, moved | exhausted], [cut, scale], c.applied_scale),
+        scale=jnp.select([undone, moved | exhausted], [cut, scale], c.scale),
         latch=jnp.where(learned | exhausted, latch, c.latch),
         earned=jnp.where(learned, earned, c.earned),
         trust_radius=jnp.where(learned, radius, c.trust_radius),
@@ -332,10 +303,74 @@ def decide(
     command = Command(
         action=action,
         cause=cause,
-        scale=next_controller.applied_scale,
+        scale=next_controller.scale,
         factor=jnp.where(undone, keep, factor),
     )
     return command, next_controller
+
+
+class Verdict(NamedTuple):
+    """Whether a step is taken.
+
+    Attributes:
+      nonfinite: something in it is not finite.
+      harm: the last step did harm.
+      rejected: it is not taken, unless the run is exhausted.
+      exhausted: too many in a row were rejected, so it is taken all the same.
+      undone: it is rejected, and a part of the last step is taken back.
+    """
+
+    nonfinite: jax.Array  # shape=(), dtype=bool
+    harm: jax.Array  # shape=(), dtype=bool
+    rejected: jax.Array  # shape=(), dtype=bool
+    exhausted: jax.Array  # shape=(), dtype=bool
+    undone: jax.Array  # shape=(), dtype=bool
+
+
+def _judge(
+    controller: Controller, diagnosis: Diagnosis, can_undo: bool, law: Law, limits: Limits
+) -> Verdict:
+    """Rejects or takes a step."""
+    c, alarm = controller, diagnosis.alarm
+    nonfinite = (alarm >= Cause.NONFINITE_GRADIENT) & (alarm <= Cause.NONFINITE_STEP)
+    harm = (alarm >= Cause.OVERSHOOT) & (alarm <= Cause.LOSS_JUMP)
+    rejected = nonfinite | (alarm == Cause.GRADIENT_SPIKE) | (harm & can_undo)
+    exhausted = rejected & (c.rejections >= limits.max_rejections)
+    # The first non-finite value may be the batch's fault; the next ones are likely the last step's.
+    suspect = (c.nonfinites >= 1) & (c.nonfinites <= law.nonfinite_backtracks)
+    undone = rejected & ~exhausted & (harm | (nonfinite & suspect)) & can_undo & (c.last_length > 0)
+    return Verdict(nonfinite, harm, rejected, exhausted, undone)
+
+
+def _name(
+    verdict: Verdict, alarm: jax.Array, regime: jax.Array, factor: jax.Array, earned: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The `Action` and its `Cause`."""
+    v = verdict
+    actions = (Action.PROCEED, Action.BACKTRACK, Action.HOLD, Action.SCALE)
+    action = jnp.select(
+        [v.exhausted, v.undone, v.rejected, factor < 1],
+        [jnp.int32(a) for a in actions],
+        jnp.int32(Action.PASS),
+    )
+    cause = jnp.select(
+        [
+            v.exhausted,
+            alarm != Cause.NONE,
+            action == Action.PASS,
+            regime != Regime.STRESS,
+            earned < 1,
+        ],
+        [
+            jnp.int32(Cause.EXHAUSTED),
+            alarm,
+            jnp.int32(Cause.NONE),
+            jnp.int32(Cause.RELEASE),
+            jnp.int32(Cause.BOUNCE),
+        ],
+        jnp.int32(Cause.ENVELOPE),
+    )
+    return action, cause
 
 
 def _regulate(
@@ -350,9 +385,9 @@ def _regulate(
     c, t, s = controller, telemetry, signals
     room = law.share * bounds.healthy / jnp.where(t.step_norm > 0, t.step_norm, bounds.healthy)
     latch = jnp.minimum(jnp.clip(c.latch, law.slack * room, room), 1)
-    straight = -s.overshoot * c.applied_scale > law.earn_straight * s.slope
+    straight = -s.overshoot * c.scale > law.earn_straight * s.slope
     too_short = straight & (s.overshoot + 2 * s.overshoot_error < 0)
-    too_long = (s.overshoot - s.overshoot_error) * c.applied_scale**2 > s.bearable
+    too_long = (s.overshoot - s.overshoot_error) * c.scale**2 > s.bearable
     rate = jnp.where(too_short, law.growth, jnp.where(too_long, 1 / law.growth, 1))
     earned = jnp.clip(rate * c.earned, law.earned_least, law.earned_most)
     released = jnp.minimum(c.latch * law.release, 1)

@@ -14,6 +14,11 @@ from lbw_optax.sensing import is_inexact
 exact_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
+def normal(*shape, dtype=jnp.float32, seed=0):
+    """Returns an array of normal random values, always the same for the same arguments."""
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+
+
 def find(opt_state) -> GuardState:
     """Returns the only guard state inside `opt_state`."""
     (found,) = [

@@ -379,7 +379,7 @@ def test_same_decisions_inside_shard_map(name):
 
     def local(p, data):
         trail, _, states = feed(tx, p, data)
-        return at(trail, -1), find(states).ledger.action_counts, find(states).scale
+        return at(trail, -1), find(states).ledger.action_counts, find(states).controller.scale
 
     lead = jax.tree.map(lambda spec: jax.P(None, *spec), SPECS)
     mapped = jax.shard_map(
@@ -393,7 +393,7 @@ def test_same_decisions_inside_shard_map(name):
     history = run(name, stream())
     for i, (_, state) in enumerate(history):
         assert np.array_equal(counts[i], find(state).ledger.action_counts)
-        np.testing.assert_allclose(scale[i], find(state).scale, rtol=1e-4)
+        np.testing.assert_allclose(scale[i], find(state).controller.scale, rtol=1e-4)
     assert_close(p, history[-2][0])
 
 

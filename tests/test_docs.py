@@ -10,12 +10,14 @@ import pathlib
 import pkgutil
 import re
 
+import chex
 import jax
 import pytest
 
 import lbw_optax
 
 ROOT = pathlib.Path(__file__).parents[1]
+README = ROOT / "README.md"
 PAGES = ["README.md", "docs/quickstart.md", "docs/recipes.md"]
 MODULES = [f"lbw_optax.{m.name}" for m in pkgutil.iter_modules(lbw_optax.__path__)]
 
@@ -44,12 +46,31 @@ def blocks(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_python_block_of_a_page_runs(page, capsys):
+    """The blocks assert what they promise; none may raise."""
     namespace = {"__name__": "page"}
     # Readers do not run under this suite's ban on broadcasting.
     with jax.numpy_rank_promotion("allow"):
         for line, code in blocks(page):
             # Leading newlines make the line numbers of an error those of the page.
             exec(compile("\n" * line + code, ROOT / page, "exec"), namespace)
+
+
+def test_change_of_the_readme_leaves_a_healthy_loop_as_it_was(capsys):
+    """Both sides of its diff run, end in the same parameters, and the new one prints a report."""
+    diff = re.search(r"```diff\n(.*?)^```$", README.read_text(), re.S | re.M)[1].splitlines()
+    ends = {}
+    for dropped in "+-":
+        # Far below the best learning rate, so that the run is healthy.
+        code = [line[1:].replace("1e-3", "1e-4") for line in diff if line[:1] != dropped]
+        namespace = {
+            "params": jax.numpy.linspace(1.0, 2.0, 8),
+            "batches": range(5),
+            "value_and_grad": lambda p, batch: jax.value_and_grad(lambda p: (p @ p) / 2)(p),
+        }
+        exec(compile("\n".join(code), README, "exec"), namespace)
+        ends[dropped] = namespace["params"]
+    chex.assert_trees_all_equal(ends["+"], ends["-"])
+    assert "STABLE" in capsys.readouterr().out
 
 
 def test_only_blocks_with_a_reason_are_not_run():

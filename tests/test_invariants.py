@@ -18,7 +18,7 @@ from helpers import (
     find,
     is_finite,
     norm,
-    train,
+    normal,
     with_gain,
 )
 from hypothesis import given
@@ -32,10 +32,6 @@ MIN_SCALE = 1e-6
 LIMIT = 0.5
 LAW = Law()
 REJECTED = (Action.HOLD, Action.BACKTRACK)
-
-
-def normal(*shape, dtype=jnp.float32, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
 
 
 TREES = {
@@ -143,7 +139,7 @@ def runner(tree, inner, memory):
 
 
 def scales(states):
-    return np.asarray(find(states).scale, np.float64)
+    return np.asarray(find(states).controller.scale, np.float64)
 
 
 def rejections(taken):
@@ -221,105 +217,6 @@ def test_4_endless_fault_never_stalls_in_silence(what):
     assert last.exhausted_steps == STEPS // period
     assert last.causes["EXHAUSTED"] == STEPS // period
     assert is_finite((params, states))
-
-
-# Idle: the guard is not to be seen, neither in a bit of the update nor of the inner state.
-IDLE_INNERS = {
-    "adamw": lambda: optax.adamw(1e-4),
-    "clip_adamw": lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.adamw(1e-4)),
-    "momentum": lambda: optax.sgd(1e-4, momentum=0.9, nesterov=True),
-    "lion": lambda: optax.lion(1e-5),
-}
-
-
-def idle_problem(dtype):
-    params = {"w": normal(6, 3, dtype=dtype), "b": normal(3, dtype=dtype, seed=1)}
-    x, y = normal(20, 16, 6), normal(20, 16, 3, seed=2)
-
-    def loss_fn(params, batch):
-        x, y = batch
-        h = jnp.tanh(x.astype(dtype) @ params["w"]) + params["b"][None]
-        return jnp.mean((h - y.astype(dtype)).astype(jnp.float32) ** 2)
-
-    return params, (x, y), loss_fn
-
-
-def by_steps(jit_update, jit_step):
-    """Returns a training loop in Python, with `update` and the whole step compiled as given."""
-
-    def loop(tx, loss_fn, params, batches):
-        tx = optax.with_extra_args_support(tx)
-
-        def update(g, s, p, value):
-            return tx.update(g, s, p, value=value)
-
-        def step(params, state, batch):
-            value, grads = jax.value_and_grad(loss_fn)(params, batch)
-            updates, state = jit_update(update)(grads, state, params, value)
-            return optax.apply_updates(params, updates), state
-
-        step, state = jit_step(step), tx.init(params)
-        for i in range(len(batches[0])):
-            params, state = step(params, state, at(batches, i))
-        return params, state
-
-    return loop
-
-
-def scanned(jit):
-    def loop(tx, loss_fn, params, batches):
-        call = jit(lambda p, b: train.__wrapped__(tx, loss_fn, p, len(b[0]), b))
-        return call(params, batches)[:2]
-
-    return loop
-
-
-def as_is(fn):
-    return fn
-
-
-LOOPS = {
-    "eager": by_steps(as_is, as_is),
-    "update": by_steps(jax.jit, as_is),
-    "step": by_steps(as_is, exact_jit),
-    "scan": scanned(exact_jit),
-}
-
-
-IDLE_CASES = [
-    ("eager", "momentum", jnp.float32),
-    ("update", "momentum", jnp.float32),
-    ("update", "clip_adamw", jnp.bfloat16),
-    ("step", "adamw", jnp.float32),
-    ("step", "momentum", jnp.float32),
-    *(("scan", inner, dtype) for inner in IDLE_INNERS for dtype in (jnp.float32, jnp.bfloat16)),
-]
-
-
-@pytest.mark.parametrize(("loop", "inner", "dtype"), IDLE_CASES)
-def test_5_idle_means_identical(loop, inner, dtype):
-    params, batches, loss_fn = idle_problem(dtype)
-    tx = IDLE_INNERS[inner]()
-    if loop == "eager":
-        batches = at(batches, slice(0, 3))
-    expected, bare = LOOPS[loop](tx, loss_fn, params, batches)
-    got, state = LOOPS[loop](guard(tx), loss_fn, params, batches)
-    assert report(state).actions["PASS"] == len(batches[0])
-    assert bits(got) == bits(expected)
-    assert bits(state.inner_state) == bits(bare)
-
-
-@pytest.mark.parametrize("inner", ["adamw", "clip_adamw"])
-@pytest.mark.parametrize("jit", ["step", "scan"])
-def test_5_idle_means_identical_as_compiled_by_default(jit, inner):
-    loop = {"step": by_steps(as_is, jax.jit), "scan": scanned(jax.jit)}[jit]
-    params, batches, loss_fn = idle_problem(jnp.float32)
-    tx = IDLE_INNERS[inner]()
-    expected, bare = loop(tx, loss_fn, params, batches)
-    got, state = loop(guard(tx), loss_fn, params, batches)
-    assert report(state).actions["PASS"] == len(batches[0])
-    assert bits(got) == bits(expected)
-    assert bits(state.inner_state) == bits(bare)
 
 
 @functools.cache
@@ -446,7 +343,7 @@ def test_7_decisions_do_not_depend_on_the_scale_of_the_loss(power, inner, rate, 
     larger = {k: v * np.float32(2.0**power) for k, v in stream.items()}
     _, updates, states = run(larger)
     assert decisions(states) == decisions(expected)
-    assert bits(find(states).scale) == bits(find(expected).scale)
+    assert bits(find(states).controller.scale) == bits(find(expected).controller.scale)
     assert bits(updates) == bits(flat)
 
 
@@ -527,7 +424,7 @@ def test_8_level_shift_is_learned(memory, with_loss, gradient, loss):
         stream["value"] = value.astype(np.float32)
     state, taken = jax.device_get(long_runner(memory)(stream))
     assert set(taken[-LONG // 5 :]) == {Action.PASS}
-    assert float(state.scale) == 1
+    assert float(state.controller.scale) == 1
     assert report(state).regime == "STABLE"
 
 

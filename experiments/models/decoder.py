@@ -7,6 +7,7 @@ forward pass scans over it: the compiled program does not grow with the number o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -111,21 +112,12 @@ class Attention(nnx.Module):
         self.attention = attention
         width_q = config.num_attention_heads * config.head_dim
         width_kv = config.num_key_value_heads * config.head_dim
-
-        def linear(in_features: int, out_features: int, use_bias: bool) -> nnx.Linear:
-            return nnx.Linear(
-                in_features,
-                out_features,
-                use_bias=use_bias,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                rngs=rngs,
-            )
-
-        self.q_proj = linear(config.hidden_size, width_q, config.attention_bias)
-        self.k_proj = linear(config.hidden_size, width_kv, config.attention_bias)
-        self.v_proj = linear(config.hidden_size, width_kv, config.attention_bias)
-        self.o_proj = linear(width_q, config.hidden_size, False)
+        linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        bias = config.attention_bias
+        self.q_proj = linear(config.hidden_size, width_q, use_bias=bias)
+        self.k_proj = linear(config.hidden_size, width_kv, use_bias=bias)
+        self.v_proj = linear(config.hidden_size, width_kv, use_bias=bias)
+        self.o_proj = linear(width_q, config.hidden_size, use_bias=False)
 
     def __call__(
         self,
@@ -153,16 +145,9 @@ class MLP(nnx.Module):
     r"""SwiGLU: :math:`W_{down}(\mathrm{silu}(W_{gate} x) \odot W_{up} x)`."""
 
     def __init__(self, config: DecoderConfig, *, dtype, param_dtype, rngs: nnx.Rngs):
-        def linear(in_features: int, out_features: int) -> nnx.Linear:
-            return nnx.Linear(
-                in_features,
-                out_features,
-                use_bias=False,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                rngs=rngs,
-            )
-
+        linear = functools.partial(
+            nnx.Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
         self.gate_proj = linear(config.hidden_size, config.intermediate_size)
         self.up_proj = linear(config.hidden_size, config.intermediate_size)
         self.down_proj = linear(config.intermediate_size, config.hidden_size)

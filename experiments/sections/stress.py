@@ -67,8 +67,7 @@ def _cell(bench: Bench, name: str, method: str, rates: Iterable[float]) -> list[
 
 def _rows(bench: Bench, name: str, method: str, multiples: dict[float, float]) -> list[Row]:
     if method in RATE_FREE:
-        # The user's learning rate multiplies the method's own: 1 is its best setting.
-        rows = _cell(bench, name, method, [1.0])
+        rows = _cell(bench, name, method, [1.0])  # Whatever the rate: measured once.
         return [row | {"multiple": multiple} for multiple in multiples.values() for row in rows]
     rates = bench.preset.rates if method == ADAMW else multiples
     rows = _cell(bench, name, method, rates)

@@ -10,7 +10,7 @@ from experiments import jobs, peers, plots
 from experiments.finetune import Run
 from experiments.jobs import Job
 from experiments.lab import Arguments, Lab, perplexity
-from experiments.methods import ADAMW, GUARD, Method, adamw, at_multiple, guard
+from experiments.methods import ADAMW, GUARD, Method, adamw, guard
 from experiments.report import Table, guard_table, number
 
 AGC_CLIPPING = 0.01
@@ -46,11 +46,11 @@ def clipping(options: Arguments) -> None:
     lab = Lab("clipping", options, PRESETS)
     job = lab.config.job
     methods = clippers(lab.config.norms)
-    rate = at_multiple(job.reference_lr, lab.config.multiple)
+    rate = job.rate(lab.config.multiple)
     runs = {name: Run(name, name, rate, options.seed) for name in methods}
-    reference = Run("AdamW at 1x", ADAMW, job.reference_lr, options.seed)
+    healthy = Run("AdamW at 1x", ADAMW, job.reference_lr, options.seed)
     zero_step = lab.zero_step(job)
-    records = lab.measure(job, [reference, *runs.values()], methods)
+    records = lab.measure(job, {healthy.name: healthy, **runs}, methods)
     norms = {
         name: [row["grad_norm"] for row in lab.folder.metrics(run.name)]
         for name, run in runs.items()
@@ -59,7 +59,7 @@ def clipping(options: Arguments) -> None:
         [name, number(perplexity(records[name])), *map(number, plots.quartiles(norms[name]))]
         for name in runs
     ]
-    rows.append([reference.name, number(perplexity(records[reference.name])), "", "", ""])
+    rows.append([healthy.name, number(perplexity(records[healthy.name])), "", "", ""])
     lab.publish(
         "Clipping against the guard",
         f"Does clipping help {job.base.name} at {lab.config.multiple:g}x its reference learning "

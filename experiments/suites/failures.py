@@ -9,7 +9,7 @@ from experiments.faults import Fault, drills
 from experiments.finetune import Run
 from experiments.jobs import Job
 from experiments.lab import Arguments, Lab, Record, perplexities
-from experiments.methods import ADAMW, GUARD, at_multiple, baselines
+from experiments.methods import ADAMW, GUARD, baselines
 from experiments.report import Table, number
 
 CLEAN = "nothing"
@@ -92,16 +92,16 @@ def failures(options: Arguments) -> None:
             (method, seed): Run(
                 f"{name}: {method}, seed {seed}",
                 method,
-                at_multiple(job.reference_lr, scenario.multiple),
+                job.rate(scenario.multiple),
                 seed,
                 faults[scenario.fault],
             )
             for method in config.methods
             for seed in seeds
         }
-        found = lab.measure(job, list(runs.values()), baselines(job.steps))
+        found = lab.measure(job, runs, baselines(job.steps))
         records[name] = {
-            method: [found[runs[method, seed].name] for seed in seeds] for method in config.methods
+            method: [found[method, seed] for seed in seeds] for method in config.methods
         }
     clean = [record["heldout_loss"] for record in records[CLEAN][ADAMW]]
     bar = (zero_loss + sum(clean) / len(clean)) / 2

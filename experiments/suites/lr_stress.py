@@ -18,7 +18,7 @@ from experiments.errors import UserError
 from experiments.finetune import Run
 from experiments.jobs import Job
 from experiments.lab import Arguments, Lab, Options, perplexity
-from experiments.methods import ADAMW, GUARD, at_multiple, baselines
+from experiments.methods import ADAMW, GUARD, baselines
 from experiments.report import Table, guard_table, number
 
 PLOTTED_MULTIPLE = 100
@@ -94,15 +94,14 @@ def sweep_rates(
         (method, multiple): Run(
             f"{method} at {multiple:g}x",
             method,
-            at_multiple(job.reference_lr, multiple),
+            job.rate(multiple),
             options.seed,
         )
         for multiple in multiples
         for method in chosen
     }
     zero_step = lab.zero_step(job)
-    found = lab.measure(job, list(runs.values()), known)
-    records = {cell: found[run.name] for cell, run in runs.items()}
+    records = lab.measure(job, runs, known)
     curves = {
         method: [
             (run.learning_rate, perplexity(records[cell]))
@@ -112,7 +111,7 @@ def sweep_rates(
         for method in chosen
     }
     tables = [_curve_table(curves, multiples, zero_step), _sensitivity_table(curves, zero_step)]
-    if options.preset == "paper":
+    if options.preset == "paper" and {ADAMW, GUARD} <= set(chosen):
         tables.append(_paper_table(curves))
     tables.append(
         guard_table({f"{m:g}x": records[GUARD, m] for m in multiples if (GUARD, m) in records})
@@ -125,8 +124,7 @@ def sweep_rates(
         pictures["stressed_run.png"] = plots.stressed_run(
             *((method, lab.folder.metrics(name)) for method, name in stressed.items()),
             math.log(zero_step),
-            f"Learning rate {PLOTTED_MULTIPLE}x too high "
-            f"({at_multiple(job.reference_lr, PLOTTED_MULTIPLE):g})",
+            f"Learning rate {PLOTTED_MULTIPLE}x too high ({job.rate(PLOTTED_MULTIPLE):g})",
         )
     lab.publish(
         title,

@@ -10,7 +10,7 @@ import jax
 
 import lbw_optax
 from experiments import jobs
-from experiments.environment import versions
+from experiments.environment import made_with, versions
 from experiments.errors import UserError
 from experiments.jobs import Job
 from experiments.memory import MemoryPlan, plan_memory
@@ -114,10 +114,7 @@ def memory(preset: str = "nano", results: Path = Path("results"), fresh: bool = 
         "them.",
         [_parts_table(plans), _fits_table(plans), _check_table(checks)],
         {},
-        [
-            f"device: {jax.devices()[0].device_kind}",
-            "versions: " + ", ".join(f"{name} {v}" for name, v in versions().items()),
-        ],
+        made_with(),
     )
 
 

@@ -20,7 +20,7 @@ from experiments.curvature import hessian_trace
 from experiments.finetune import Run
 from experiments.jobs import Job
 from experiments.lab import Arguments, Lab, Record, perplexity
-from experiments.methods import ADAMW, GUARD, Method, adamw, at_multiple, guard
+from experiments.methods import ADAMW, GUARD, Method, adamw, guard
 from experiments.report import Table, number
 from experiments.suites.study import SWITCHED_OFF
 
@@ -74,16 +74,14 @@ def _ablation(lab: Lab[NeutralityConfig]) -> tuple[Table, dict[str, list[float]]
     for name, changes in SWITCHED_OFF.items():
         methods[name] = functools.partial(_guard_with, lbw_optax.Law(**changes))
     runs = {
-        (name, multiple): Run(
-            f"{name} at {multiple:g}x", name, at_multiple(job.reference_lr, multiple), seed
-        )
+        (name, multiple): Run(f"{name} at {multiple:g}x", name, job.rate(multiple), seed)
         for name in methods
         for multiple in config.multiples
     }
     zero_step = lab.zero_step(job)
-    records = lab.measure(job, list(runs.values()), methods)
+    records = lab.measure(job, runs, methods)
     rows = [
-        [name, *(number(perplexity(records[runs[name, m].name])) for m in config.multiples)]
+        [name, *(number(perplexity(records[name, m])) for m in config.multiples)]
         for name in methods
     ]
     table = Table(
@@ -115,9 +113,8 @@ def _paths(lab: Lab[NeutralityConfig]) -> list[Table]:
     for multiple in config.path_multiples:
         name = f"paths at {multiple:g}x"
         if name not in lab.folder.runs:
-            rate = at_multiple(job.reference_lr, multiple)
             with lab.on_mesh():
-                lab.folder.finish(name, {"stops": _compare(lab, rate, stops)})
+                lab.folder.finish(name, {"stops": _compare(lab, job.rate(multiple), stops)})
         found: list[Record] = lab.folder.runs[name]["stops"]
         distances.append([f"{multiple:g}x", *(_difference(record) for record in found)])
         for method in (ADAMW, GUARD):

@@ -43,7 +43,7 @@ def reference(options: Arguments) -> None:
     lab = Lab("reference", options, PRESETS)
     job = lab.config.job
     methods = baselines(job.steps)
-    runs = [Run(name, name, job.reference_lr, options.seed) for name in methods]
+    runs = {name: Run(name, name, job.reference_lr, options.seed) for name in methods}
     zero_step = lab.zero_step(job)
     records = lab.measure(job, runs, methods, lab.config.eval_steps)
     curves = {

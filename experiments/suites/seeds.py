@@ -8,7 +8,7 @@ from experiments import jobs
 from experiments.finetune import Run
 from experiments.jobs import Job
 from experiments.lab import Arguments, Lab, perplexities
-from experiments.methods import ADAMW, GUARD, at_multiple, baselines
+from experiments.methods import ADAMW, GUARD, baselines
 from experiments.report import Table, number
 
 PAPER_PERPLEXITIES = ("12.68 ± 0.14", "9.69 ± 0.06")
@@ -49,7 +49,7 @@ def seeds(options: Arguments) -> None:
         (method, multiple, seed): Run(
             f"{method} at {multiple:g}x, seed {seed}",
             method,
-            at_multiple(job.reference_lr, multiple),
+            job.rate(multiple),
             seed,
         )
         for method in config.methods
@@ -57,13 +57,13 @@ def seeds(options: Arguments) -> None:
         for seed in range(options.seed, options.seed + config.seeds)
     }
     zero_step = lab.zero_step(job)
-    found = lab.measure(job, list(runs.values()), baselines(job.steps))
+    records = lab.measure(job, runs, baselines(job.steps))
     rows = [
         [
             method,
             *(
                 perplexities(
-                    [found[run.name] for key, run in runs.items() if key[:2] == (method, multiple)]
+                    [record for key, record in records.items() if key[:2] == (method, multiple)]
                 )
                 for multiple in config.multiples
             ),

@@ -8,7 +8,7 @@ from experiments import jobs
 from experiments.finetune import Run
 from experiments.jobs import Job
 from experiments.lab import Arguments, Lab, perplexity
-from experiments.methods import ADAMW, GUARD, at_multiple, baselines
+from experiments.methods import ADAMW, GUARD, baselines
 from experiments.report import Table, guard_table, number
 
 
@@ -69,21 +69,20 @@ def sizes(options: Arguments) -> None:
             (method, multiple): Run(
                 f"{size}, {method} at {multiple:g}x",
                 method,
-                at_multiple(job.reference_lr, multiple),
+                job.rate(multiple),
                 options.seed,
             )
             for multiple in config.multiples
             for method in config.methods
         }
         zero_step = lab.zero_step(job)
-        found = lab.measure(job, list(runs.values()), baselines(job.steps))
+        records = lab.measure(job, runs, baselines(job.steps))
         for multiple in config.multiples:
-            records = {method: found[runs[method, multiple].name] for method in config.methods}
             rows.append(
                 [size, number(zero_step), f"{multiple:g}x"]
-                + [number(perplexity(record)) for record in records.values()]
+                + [number(perplexity(records[method, multiple])) for method in config.methods]
             )
-            guarded[f"{size}, {multiple:g}x"] = records[GUARD]
+            guarded[f"{size}, {multiple:g}x"] = records[GUARD, multiple]
     lab.publish(
         "Sizes",
         "Does the guard do for models of other sizes what it does for one?",

@@ -14,11 +14,9 @@ from experiments.bench import Bench, Findings, Row, difference, losses, mean, wi
 from experiments.errors import UserError
 from experiments.faults import drills
 from experiments.methods import adamw
-from experiments.presets import STUDY_PRESETS, bench_preset
+from experiments.presets import STUDY_PRESETS
 from experiments.report import Table
-from experiments.results import Results
 from experiments.sections.stress import adamw_best_rate
-from experiments.suites.quality import job_config, publish
 from experiments.sweep import sweep
 from experiments.tasks import TASKS
 
@@ -112,13 +110,11 @@ def study(
     for name in tasks:
         if name not in TASKS:
             raise UserError(f"--tasks {name}: unknown; choose from {', '.join(TASKS)}")
-    settings = bench_preset(STUDY_PRESETS, preset)
     laws = law_variants()
-    folder = Results(results / "study" / preset, job_config("study", preset, settings), fresh=fresh)
-    bench = Bench(settings, folder)
+    bench = Bench("study", preset, STUDY_PRESETS, results, fresh)
     found = [_of_task(bench, task, laws) for task in tasks]
     question = "What does each sensor and each action do, and how much does each constant matter?"
-    publish(folder, f"Ablations and sensitivities, {preset}", question, found, {})
+    bench.publish(f"Ablations and sensitivities, {preset}", question, found, {})
 
 
 def law_variants() -> dict[str, dict[str, float]]:
