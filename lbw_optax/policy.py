@@ -48,7 +48,8 @@ class Controller(NamedTuple):
       rejections: held or undone steps in a row.
       nonfinites: non-finite observations in a row.
       too_long: steps in a row that were longer than is healthy.
-      spread: what the norm of the parameters is multiplied with; above 1 if some started at zero.
+      allowance: what the norm of the parameters is multiplied with; above 1 if arrays started at
+        zero.
     """
 
     scale: jax.Array  # shape=(), dtype=float32
@@ -60,7 +61,7 @@ class Controller(NamedTuple):
     rejections: jax.Array  # shape=(), dtype=int32
     nonfinites: jax.Array  # shape=(), dtype=int32
     too_long: jax.Array  # shape=(), dtype=int32
-    spread: jax.Array  # shape=(), dtype=float32
+    allowance: jax.Array  # shape=(), dtype=float32
 
 
 class Command(NamedTuple):
@@ -96,7 +97,7 @@ class Envelope(NamedTuple):
 def init_controller(params: Any, law: Law) -> Controller:
     """Returns the controller of a run that has not begun; its very first steps are not excused."""
     start = {"scale": 1, "latch": 1, "earned": 1}
-    start |= {"too_long": law.brief_steps, "spread": _spread(params)}
+    start |= {"too_long": law.brief_steps, "allowance": _allowance(params)}
     whole = ("rejections", "nonfinites", "too_long")
     return Controller(
         **{
@@ -106,11 +107,12 @@ def init_controller(params: Any, law: Law) -> Controller:
     )
 
 
-def _spread(params: Any) -> jax.Array:
-    r"""Counts arrays that start at zero as large as the others: :math:`\sqrt{n / n_0}`.
+def _allowance(params: Any) -> jax.Array:
+    r"""Allows for arrays that start at zero: :math:`n / n_0`.
 
     Such arrays, half of LoRA's for instance, will get a size but have none yet. :math:`n_0` is the
-    number of parameters in the arrays that are not all zero.
+    number of parameters in the arrays that are not all zero. Counting them as large as the others
+    would be the square root of it, which ends .005 to .02 nats worse on LoRA.
     """
     count = nonzero = 0.0
     for leaf in filter(is_inexact, jax.tree.leaves(params)):
@@ -119,7 +121,7 @@ def _spread(params: Any) -> jax.Array:
         is_set = isinstance(leaf, jax.ShapeDtypeStruct) or jnp.any(jnp.asarray(leaf) != 0)
         count += size
         nonzero += jnp.where(is_set, size, 0.0)
-    return jnp.where(nonzero > 0, jnp.sqrt(count / jnp.maximum(nonzero, 1.0)), 1.0)
+    return jnp.where(nonzero > 0, count / jnp.maximum(nonzero, 1.0), 1.0)
 
 
 def envelope(
@@ -135,12 +137,13 @@ def envelope(
     .. math::
 
       \rho_t = \max(\rho, \rho_0 (t + 1)^{-a}), \quad
-      \text{healthy} = \max(\rho_t \|p\| \sqrt{n / n_0}, f), \quad
+      \text{healthy} = \max(\rho_t \|p\| \, n / n_0, f), \quad
       \text{hard} = \ell \max(\|p\|, \sqrt{n})
 
     with :math:`\rho` = ``law.relative_step``, :math:`\rho_0` = ``law.relative_step_start``,
     :math:`a` = ``law.relative_step_power``, :math:`f` the trust radius, :math:`\ell` =
-    ``limits.relative_step_limit`` and :math:`n` the number of parameters.
+    ``limits.relative_step_limit``, :math:`n` the number of parameters and :math:`n_0` that of
+    those in arrays that were not all zero at the start.
 
     Args:
       controller: the policy's memory.
@@ -161,7 +164,7 @@ def envelope(
     start = (
         law.relative_step_start * (observations.astype(jnp.float32) + 1) ** -law.relative_step_power
     )
-    relative = jnp.maximum(law.relative_step, start) * t.parameter_norm * controller.spread
+    relative = jnp.maximum(law.relative_step, start) * t.parameter_norm * controller.allowance
     hard = limits.relative_step_limit * jnp.maximum(t.parameter_norm, jnp.sqrt(t.size))
     hard = jnp.clip(hard, number.tiny, number.max)
     healthy = jnp.maximum(relative, _trust_radius(controller, t, law))
@@ -295,7 +298,7 @@ def decide(
         ),
         rejections=jnp.where(taken, 0, c.rejections + 1),
         nonfinites=jnp.where(nonfinite, c.nonfinites + 1, 0),
-        spread=c.spread,
+        allowance=c.allowance,
         too_long=jnp.where(
             moved, jnp.where(t.step_norm > bounds.healthy, c.too_long + 1, 0), c.too_long
         ),
