@@ -10,6 +10,7 @@ import tyro
 from experiments.errors import UserError
 from experiments.suites.everything import PAPER_SUITES, everything
 from experiments.suites.memory import memory
+from experiments.suites.overhead import overhead
 from experiments.suites.quality import quality
 from experiments.suites.study import study
 
@@ -17,6 +18,7 @@ SUITES = {
     **PAPER_SUITES,
     "all": everything,
     "memory": memory,
+    "overhead": overhead,
     "quality": quality,
     "study": study,
 }

@@ -1,0 +1,161 @@
+"""The suite `overhead`: what the guard adds to an optimizer's step, in time and in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from tqdm import tqdm
+
+from experiments.environment import described, made_with
+from experiments.errors import UserError
+from experiments.methods import ADAMW, Method, adamw_clip
+from experiments.report import Table, number, write_report
+from experiments.results import Results
+from experiments.suites.memory import guards
+
+LEARNING_RATE = 1e-5
+"""So low that the guard never acts: the cost of a healthy step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OverheadConfig:
+    """Settings of the suite."""
+
+    width: int
+    """Rows and columns of each array."""
+    arrays: int
+    """Number of arrays, float32."""
+    rounds: int = 20
+    """How often every optimizer is timed, one after the other in each round."""
+    steps: int = 5
+    """Steps per timing."""
+
+
+PRESETS = {"nano": OverheadConfig(1024, 8), "small": OverheadConfig(4096, 16, steps=20)}
+"""Name -> settings: 8 million parameters for a CPU, 268 million for a GPU."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stepper:
+    """An optimizer's compiled step, and all that it steps on."""
+
+    step: Any
+    """The compiled function of gradients, state and parameters, which donates the last two."""
+    gradients: dict[str, jax.Array]
+    """The same in every step."""
+    carry: list[Any]
+    """State and parameters; they are replaced by every step."""
+
+    def seconds(self, steps: int) -> float:
+        """Times some steps; the mean per step."""
+        started = time.perf_counter()
+        for _ in range(steps):
+            self.carry[:] = self.step(self.gradients, *self.carry)
+        jax.block_until_ready(self.carry)
+        return (time.perf_counter() - started) / steps
+
+
+def overhead(preset: str = "nano", results: Path = Path("results"), fresh: bool = False) -> None:
+    """Times an optimizer's step alone, with and without the guard, and counts its bytes.
+
+    The model is left out: this is the part that the guard changes, at its most visible.
+
+    Args:
+      preset: Size of the step: nano (two CPU cores) or small (one GPU).
+      results: Folder for the results; the suite writes to overhead/PRESET in it.
+      fresh: Start over, dropping the results of an earlier job in that folder.
+    """
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset}: unknown; choose one of {', '.join(PRESETS)}")
+    config = PRESETS[preset]
+    folder = Results(
+        results / "overhead" / preset, described("overhead", preset, config), fresh=fresh
+    )
+    plain, *guarded = guards().items()
+    methods = dict([plain, ("AdamW + clip", adamw_clip), *guarded])
+    if methods.keys() - folder.runs.keys():
+        _measure(folder, config, methods)
+    records = {name: folder.runs[name] for name in methods}
+    folder.write_csv("summary.csv", [{"optimizer": n, **record} for n, record in records.items()])
+    write_report(
+        folder,
+        f"Overhead, {preset}",
+        "What does the guard add to an optimizer's step that needs no help?",
+        [_table(config, records)],
+        {},
+        made_with(),
+    )
+
+
+def _measure(folder: Results, config: OverheadConfig, methods: dict[str, Method]) -> None:
+    """Times all optimizers in turns, so that whatever else the machine does hits all alike."""
+    steppers, counted = {}, {}
+    for name, method in methods.items():
+        steppers[name], counted[name] = _prepare(config, method)
+    seconds = {name: [] for name in methods}
+    for _ in tqdm(range(config.rounds), unit="round"):
+        for name, stepper in steppers.items():
+            seconds[name].append(stepper.seconds(config.steps))
+    for name in methods:
+        paired = zip(seconds[name], seconds[ADAMW], strict=True)
+        ratios = statistics.quantiles((mine / plain for mine, plain in paired), n=4)
+        record = {"seconds": statistics.median(seconds[name]), "ratio": ratios}
+        folder.finish(name, record | counted[name])
+
+
+def _prepare(config: OverheadConfig, method: Method) -> tuple[Stepper, dict[str, float]]:
+    """An optimizer that has made its first steps, and its bytes per parameter."""
+    tx = optax.with_extra_args_support(method(LEARNING_RATE))
+    shape, names = (config.width, config.width), [f"w{i}" for i in range(config.arrays)]
+    keys = jax.random.split(jax.random.key(0), 2 * config.arrays)
+    normal: Callable[..., jax.Array] = functools.partial(jax.random.normal, shape=shape)
+    params = {name: 0.02 * normal(key) for name, key in zip(names, keys[::2], strict=True)}
+    gradients = {name: 1e-3 * normal(key) for name, key in zip(names, keys[1::2], strict=True)}
+
+    @functools.partial(jax.jit, donate_argnums=(1, 2))
+    def step(gradients, state, params):
+        updates, state = tx.update(gradients, state, params, value=jnp.float32(1))
+        return state, optax.apply_updates(params, updates)
+
+    state = jax.jit(tx.init)(params)
+    compiled = step.lower(gradients, state, params).compile()
+    memory = compiled.memory_analysis()
+    size = config.arrays * config.width**2
+    counted = {
+        "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / size,
+        "temporary_bytes": memory.temp_size_in_bytes / size,
+        "moved_bytes": compiled.cost_analysis()["bytes accessed"] / size,
+    }
+    stepper = Stepper(compiled, gradients, [state, params])
+    stepper.seconds(config.steps)
+    return stepper, counted
+
+
+def _table(config: OverheadConfig, records: dict[str, dict[str, Any]]) -> Table:
+    heading = ["optimizer", "ms per step", "AdamW's times", "state", "temporaries", "moved"]
+    rows = [
+        [
+            name,
+            f"{1000 * record['seconds']:.2f}",
+            "{1:.2f} ({0:.2f} to {2:.2f})".format(*record["ratio"]),
+            *(number(record[f"{kind}_bytes"]) for kind in ("state", "temporary", "moved")),
+        ]
+        for name, record in records.items()
+    ]
+    return Table(
+        f"A step on {config.arrays} arrays of {config.width} x {config.width}",
+        heading,
+        rows,
+        "Medians and, of the ratios to AdamW in the same round, quartiles over "
+        f"{config.rounds} rounds. The last three are bytes per parameter: the optimizer's state, "
+        "what XLA sets aside within the step, and what XLA counts as read or written.",
+    )

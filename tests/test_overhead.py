@@ -1,0 +1,45 @@
+"""The suite `overhead`: what it counts is right, and a second run only prints."""
+
+import csv
+
+import pytest
+
+from experiments.__main__ import main
+from experiments.suites import overhead
+
+WIDTH, ARRAYS = 64, 2
+TINY = overhead.OverheadConfig(WIDTH, ARRAYS, rounds=2, steps=1)
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Runs the suite at a size of seconds; returns the rows of its summary."""
+    monkeypatch.setitem(overhead.PRESETS, "tiny", TINY)
+
+    def call(*flags):
+        assert main(["overhead", "--preset", "tiny", "--results", str(tmp_path), *flags]) == 0
+        with (tmp_path / "overhead/tiny/summary.csv").open() as file:
+            return {row["optimizer"]: row for row in csv.DictReader(file)}
+
+    return call
+
+
+def test_counts_what_each_memory_keeps(run):
+    state = {name: float(row["state_bytes"]) for name, row in run().items()}
+    fixed = 40_000 / (ARRAYS * WIDTH**2)  # The log of 1,024 events and all scalars: below 40 kB.
+    assert state["AdamW"] == pytest.approx(8, abs=0.01)
+    assert state["AdamW + clip"] == state["AdamW"]
+    for name, kept in {"none": 0, "sparse": 4 / 16, "step": 4}.items():
+        more = state[f"guard(AdamW), {name}"] - state["AdamW"]
+        assert kept < more < kept + fixed
+
+
+def test_second_run_measures_nothing(run, monkeypatch):
+    first = run()
+    monkeypatch.delattr(overhead, "_measure")
+    assert run() == first
+
+
+def test_unknown_preset(capsys):
+    assert main(["overhead", "--preset", "huge"]) == 2
+    assert "--preset huge: unknown; choose one of nano, small" in capsys.readouterr().err
