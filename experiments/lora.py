@@ -56,7 +56,10 @@ class LoRALinear(nnx.Module):
         """Maps (..., in_features) to (..., out_features) in the base layer's compute dtype."""
         y = self.base(x)
         a, b = self.lora_a[...].astype(y.dtype), self.lora_b[...].astype(y.dtype)
-        return y + self.scaling * ((self.dropout(x).astype(y.dtype) @ a) @ b)
+        # As matrices: gradients of products over several axes come out transposed, which takes a
+        # step on the CPU a fifth longer.
+        rows = self.dropout(x).astype(y.dtype).reshape(-1, x.shape[-1])
+        return y + self.scaling * (rows @ a @ b).reshape(y.shape)
 
     def merged(self) -> nnx.Linear:
         """The base layer with the correction added to its kernel."""
