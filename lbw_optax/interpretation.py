@@ -81,7 +81,7 @@ def diagnose(
       telemetry: this step.
       signals: this step compared with the run so far.
       pressure: length of the inner step over the longest healthy length.
-      too_long: steps in a row, before this one, whose pressure was above 1.
+      too_long: steps in a row, before this one, whose pressure was above `law.stress_pressure`.
       law: the constants.
 
     Returns:
@@ -109,7 +109,9 @@ def diagnose(
     size = jnp.select(found, [jnp.asarray(x, jnp.float32) for _, _, x in table], pressure)
     bounce = s.overshoot - s.overshoot_error > law.stress_noise * noise
     # One hard batch makes one long step: only a far too long one is suspected at once.
-    pressed = (pressure > law.brief_pressure) | ((pressure > 1) & (too_long >= law.brief_steps))
+    pressed = (pressure > law.brief_pressure) | (
+        (pressure > law.stress_pressure) & (too_long >= law.brief_steps)
+    )
     return Diagnosis(
         alarm=alarm,
         size=size,

@@ -300,7 +300,9 @@ def decide(
         nonfinites=jnp.where(nonfinite, c.nonfinites + 1, 0),
         allowance=c.allowance,
         too_long=jnp.where(
-            moved, jnp.where(t.step_norm > bounds.healthy, c.too_long + 1, 0), c.too_long
+            moved,
+            jnp.where(t.step_norm > law.stress_pressure * bounds.healthy, c.too_long + 1, 0),
+            c.too_long,
         ),
     )
     command = Command(
