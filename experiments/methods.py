@@ -51,6 +51,11 @@ def guard(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation
     return lbw_optax.guard(adamw(learning_rate), log_size=LOG_SIZE)
 
 
+def behind_guard(method: Callable[..., optax.GradientTransformation]) -> Method:
+    """A method behind the guard with its defaults, as a user has it."""
+    return lambda learning_rate: lbw_optax.guard(method(learning_rate))
+
+
 ADAMW, GUARD = "AdamW", "guard(AdamW)"
 """The two names that verdicts are about."""
 
@@ -86,9 +91,9 @@ PEERS: dict[str, Method] = {
     "reduce on plateau": reduce_on_plateau,
     "mechanize": lambda learning_rate: contrib.mechanize(adamw(learning_rate)),
     **{name: _at_one(make) for name, make in RATE_FREE.items()},
-    GUARD: lambda learning_rate: lbw_optax.guard(adamw(learning_rate)),
+    GUARD: behind_guard(adamw),
 }
-"""Name -> method, of the suite `quality`; the guard with its defaults, as a user has it."""
+"""Name -> method, of the suite `quality`."""
 
 
 def warmup_cosine(

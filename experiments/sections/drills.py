@@ -11,11 +11,10 @@ import optax
 
 from experiments.bench import Bar, Bench, Findings, Row, difference, losses, mean, with_spread
 from experiments.faults import drills
-from experiments.methods import adamw
+from experiments.methods import adamw, behind_guard
 from experiments.report import Table
 from experiments.sections.stress import adamw_best_rate
 from experiments.sweep import sweep
-from lbw_optax import guard
 
 TASKS = ("lora", "scratch")
 
@@ -85,7 +84,7 @@ def _faulty_rows(bench: Bench, task: str, rate: float) -> list[Row]:
     p = bench.preset
 
     def measure(method: str):
-        make_tx = _guarded(adamw) if method == GUARDED else adamw
+        make_tx = behind_guard(adamw) if method == GUARDED else adamw
         rows = sweep(bench.task(task), make_tx, p.steps, [rate], p.seeds, faults=drills(p.steps))
         return [row | {"section": "faults", "method": method} for row in rows]
 
@@ -104,7 +103,7 @@ def _variant_rows(bench: Bench, task: str, rate: float) -> list[Row]:
         changed = dataclasses.replace(bench.task(task), batch_size=size)
         for method in (PLAIN, GUARDED):
             make_tx = lambda rate: variant.make_tx(rate, p.steps)  # noqa: E731
-            make_tx = _guarded(make_tx) if method == GUARDED else make_tx
+            make_tx = behind_guard(make_tx) if method == GUARDED else make_tx
             rows = sweep(changed, make_tx, p.steps, [rate], p.seeds, dtype=variant.dtype)
             for row in rows:
                 yield row | {"section": "faults", "method": method, "fault": name}
@@ -117,7 +116,3 @@ def _variant_rows(bench: Bench, task: str, rate: float) -> list[Row]:
             lambda name=name, variant=variant: measure(name, variant),
         )
     ]
-
-
-def _guarded(make_tx: Callable) -> Callable:
-    return lambda rate: guard(make_tx(rate))

@@ -9,10 +9,10 @@ import optax
 from optax import contrib
 
 from experiments.bench import Bar, Bench, Findings, best_rate, difference, losses, mean, with_spread
+from experiments.methods import behind_guard
 from experiments.presets import half_decades
 from experiments.report import Table
 from experiments.sweep import sweep
-from lbw_optax import guard
 
 TASK = "scratch"
 
@@ -42,7 +42,7 @@ def optimizers(bench: Bench) -> Findings:
         guarded = bench.cell(
             f"optimizers/guard({name})",
             lambda name=name, make_tx=make_tx, chosen=(best, high): _rows(
-                bench, f"guard({name})", _guarded(make_tx), chosen
+                bench, f"guard({name})", behind_guard(make_tx), chosen
             ),
         )
         found.rows.extend([*plain, *guarded])
@@ -67,7 +67,3 @@ def _rows(bench: Bench, method: str, make_tx: Callable, rates: Any) -> list[dict
     p = bench.preset
     rows = sweep(bench.task(TASK), make_tx, p.steps, rates, p.seeds)
     return [{**row, "section": "optimizers", "method": method} for row in rows]
-
-
-def _guarded(make_tx: Callable) -> Callable:
-    return lambda rate: guard(make_tx(rate))
