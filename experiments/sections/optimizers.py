@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 from optax import contrib
 
@@ -19,11 +21,22 @@ TASK = "scratch"
 TOLERANCE = 0.1
 """Nats that the guarded run may end above the optimizer's best."""
 
+
+def _muon(learning_rate: Any) -> optax.GradientTransformation:
+    """Muon for the layers' matrices, which are stacked, and Adam for all else.
+
+    By default it would take the stacked norms and biases, one row per layer, for matrices.
+    """
+    matrix = contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    kinds = functools.partial(jax.tree.map, lambda x: matrix if x.ndim == 3 else None)
+    return contrib.muon(learning_rate, muon_weight_dimension_numbers=kinds)
+
+
 INNER: dict[str, tuple[Callable[[Any], optax.GradientTransformation], tuple[float, ...]]] = {
     "SGD + momentum": (lambda rate: optax.sgd(rate, momentum=0.9), half_decades(-3, 7)),
     "Lion": (optax.lion, half_decades(-5, 7)),
     "Adafactor": (optax.adafactor, half_decades(-3, 7)),
-    "Muon": (contrib.muon, half_decades(-4, 7)),
+    "Muon": (_muon, half_decades(-4, 7)),
 }
 """Name -> optimizer, and learning rates half a decade apart: its best is among all but the last
 two, so that ten times that is among them too."""
