@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from experiments.environment import described, made_with
-from experiments.errors import UserError
+from experiments.errors import preset_of
 from experiments.presets import BenchPreset
 from experiments.report import Table, write_report
 from experiments.results import Results
@@ -62,9 +62,7 @@ class Bench:
         results: Path,
         fresh: bool,
     ):
-        if preset not in presets:
-            raise UserError(f"--preset {preset}: unknown; choose one of {', '.join(presets)}")
-        self.preset = presets[preset]()
+        self.preset = preset_of(presets, preset)()
         config = described(suite, preset, self.preset)
         self._folder = Results(results / suite / preset, config, fresh=fresh)
         self._console = Console()

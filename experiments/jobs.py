@@ -168,7 +168,7 @@ SMALL = Job(
     heldout_batch_size=16,
     dtype="bfloat16",
 )
-"""A LoRA fine-tune of an 91M-parameter byte model on one GPU with 24 GB. Not run yet."""
+"""A LoRA fine-tune of a 91M-parameter byte model on one GPU with 24 GB. Not run yet."""
 
 STORIES = dataclasses.replace(
     NANO_SHORT,

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from experiments.corpus import Corpus, read_corpus
 from experiments.dataset import Dataset
 from experiments.environment import described, made_with
-from experiments.errors import UserError
+from experiments.errors import UserError, preset_of
 from experiments.finetune import Finetune, Run
 from experiments.jobs import Job
 from experiments.methods import Method
@@ -68,15 +68,11 @@ class Lab(Generic[Config]):
     """
 
     def __init__(self, suite: str, options: Options, presets: Mapping[str, Config]):
-        if options.preset not in presets:
-            raise UserError(
-                f"--preset {options.preset}: unknown; choose one of {', '.join(presets)}"
-            )
+        self.config = preset_of(presets, options.preset)
         if not 0 <= options.seed < 2**32:
             raise UserError(f"--seed {options.seed}: must be in 0 ... 2**32 - 1")
         self.options = options
         self._mesh = _mesh(options.mesh)
-        self.config = presets[options.preset]
         # The last one only: models are large.
         self.finetune: Callable[[Job], Finetune] = functools.lru_cache(maxsize=1)(self._make)
         self._corpus = None if options.data is None else read_corpus(options.data)

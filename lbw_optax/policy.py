@@ -47,7 +47,7 @@ class Controller(NamedTuple):
       last_slope: slope at the start of the last applied step, in units of the loss.
       rejections: held or undone steps in a row.
       nonfinites: non-finite observations in a row.
-      too_long: steps in a row that were longer than is healthy.
+      too_long: steps in a row whose pressure was above `Law.stress_pressure`.
       allowance: what the norm of the parameters is multiplied with; above 1 if arrays started at
         zero.
     """
@@ -85,7 +85,7 @@ class Envelope(NamedTuple):
 
     Attributes:
       relative: longest healthy step for parameters of this size.
-      healthy: longest step that raises no suspicion; more than `relative` if it has proved safe.
+      healthy: longest healthy step; more than `relative` if it has proved safe.
       hard: longest step of all.
     """
 

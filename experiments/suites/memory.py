@@ -11,7 +11,7 @@ import jax
 import lbw_optax
 from experiments import jobs
 from experiments.environment import made_with, versions
-from experiments.errors import UserError
+from experiments.errors import preset_of
 from experiments.jobs import Job
 from experiments.memory import MemoryPlan, plan_memory
 from experiments.memory_check import MemoryCheck, check_memory, compile_devices
@@ -71,11 +71,10 @@ def memory(preset: str = "nano", results: Path = Path("results"), fresh: bool = 
       results: Folder for the results; the suite writes to memory/PRESET in it.
       fresh: Start over, dropping the results of an earlier job in that folder.
     """
-    if preset not in PRESETS:
-        raise UserError(f"--preset {preset}: unknown; choose one of {', '.join(PRESETS)}")
+    todo = preset_of(PRESETS, preset)
     counts = sorted({hardware.devices for hardware in HARDWARE})
     devices = {count: compile_devices(count) for count in counts}
-    todo, methods = PRESETS[preset], guards()
+    methods = guards()
     described = {
         "suite": "memory",
         "preset": preset,

@@ -16,7 +16,7 @@ import optax
 from tqdm import tqdm
 
 from experiments.environment import described, made_with
-from experiments.errors import UserError
+from experiments.errors import preset_of
 from experiments.methods import ADAMW, Method, adamw_clip
 from experiments.report import Table, number, write_report
 from experiments.results import Results
@@ -74,9 +74,7 @@ def overhead(preset: str = "nano", results: Path = Path("results"), fresh: bool 
       results: Folder for the results; the suite writes to overhead/PRESET in it.
       fresh: Start over, dropping the results of an earlier job in that folder.
     """
-    if preset not in PRESETS:
-        raise UserError(f"--preset {preset}: unknown; choose one of {', '.join(PRESETS)}")
-    config = PRESETS[preset]
+    config = preset_of(PRESETS, preset)
     folder = Results(
         results / "overhead" / preset, described("overhead", preset, config), fresh=fresh
     )
