@@ -58,12 +58,14 @@ class Diagnosis(NamedTuple):
     Attributes:
       alarm: the `Cause` of an alarm, or `NONE`.
       size: the observation that raised it, in units of its own threshold.
-      suspicion: whether the step is longer than is healthy or steps overshoot on average.
+      long: whether the step is so long that it is suspected if the next ones are too.
+      suspicion: whether steps are longer than is healthy or overshoot on average.
       calm: whether the step is well inside what is healthy.
     """
 
     alarm: jax.Array  # shape=(), dtype=int32
     size: jax.Array  # shape=(), dtype=float32
+    long: jax.Array  # shape=(), dtype=bool
     suspicion: jax.Array  # shape=(), dtype=bool
     calm: jax.Array  # shape=(), dtype=bool
 
@@ -81,7 +83,7 @@ def diagnose(
       telemetry: this step.
       signals: this step compared with the run so far.
       pressure: length of the inner step over the longest healthy length.
-      too_long: steps in a row, before this one, whose pressure was above `law.stress_pressure`.
+      too_long: steps in a row, before this one, that were `long`.
       law: the constants.
 
     Returns:
@@ -109,12 +111,12 @@ def diagnose(
     size = jnp.select(found, [jnp.asarray(x, jnp.float32) for _, _, x in table], pressure)
     bounce = s.overshoot - s.overshoot_error > law.stress_noise * noise
     # One hard batch makes one long step: only a far too long one is suspected at once.
-    pressed = (pressure > law.brief_pressure) | (
-        (pressure > law.stress_pressure) & (too_long >= law.brief_steps)
-    )
+    long = pressure > law.stress_pressure
+    pressed = (pressure > law.brief_pressure) | (long & (too_long >= law.brief_steps))
     return Diagnosis(
         alarm=alarm,
         size=size,
+        long=long,
         suspicion=pressed | bounce,
         # An empty step (a micro-batch that is only accumulated) shows nothing.
         calm=(pressure < law.calm_ratio) & (pressure > 0) & ~bounce,

@@ -47,7 +47,7 @@ class Controller(NamedTuple):
       last_slope: slope at the start of the last applied step, in units of the loss.
       rejections: held or undone steps in a row.
       nonfinites: non-finite observations in a row.
-      too_long: steps in a row whose pressure was above `Law.stress_pressure`.
+      too_long: steps in a row that were `Diagnosis.long`.
       allowance: what the norm of the parameters is multiplied with; above 1 if arrays started at
         zero.
     """
@@ -299,11 +299,7 @@ def decide(
         rejections=jnp.where(taken, 0, c.rejections + 1),
         nonfinites=jnp.where(nonfinite, c.nonfinites + 1, 0),
         allowance=c.allowance,
-        too_long=jnp.where(
-            moved,
-            jnp.where(t.step_norm > law.stress_pressure * bounds.healthy, c.too_long + 1, 0),
-            c.too_long,
-        ),
+        too_long=jnp.where(moved, jnp.where(diagnosis.long, c.too_long + 1, 0), c.too_long),
     )
     command = Command(
         action=action,
