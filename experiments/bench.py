@@ -130,15 +130,6 @@ def mean(values: Sequence[float]) -> float:
     return statistics.fmean(values)
 
 
-def with_spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds, for a reader."""
-    if not all(map(math.isfinite, values)):
-        return "diverged"
-    if len(values) < 2:
-        return f"{values[0]:.3f}"
-    return f"{mean(values):.3f} ± {statistics.stdev(values):.3f}"
-
-
 def difference(value: float, limit: float = math.inf) -> str:
     """A difference for a reader; bold where it is above its limit."""
     text = f"{value:+.3f}" if math.isfinite(value) else "diverged"

@@ -48,6 +48,10 @@ class Run(NamedTuple):
     seed: int = 0
     fault: Fault | None = None
 
+    def seeded(self, seed: int) -> Run:
+        """The same with a seed, which its name then tells."""
+        return self._replace(name=f"{self.name}, seed {seed}", seed=seed)
+
 
 class Start(NamedTuple):
     """A model before the first step.

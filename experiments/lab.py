@@ -24,7 +24,7 @@ from experiments.finetune import Finetune, Run
 from experiments.jobs import Job
 from experiments.methods import Method
 from experiments.models.sharding import make_mesh
-from experiments.report import Table, number, write_report
+from experiments.report import Table, number, with_spread, write_report
 from experiments.results import Results
 
 Config = TypeVar("Config")
@@ -45,8 +45,9 @@ class Options:
     """Folder of Hugging Face checkpoints, such as Qwen2.5-7B; by default the hub has them."""
     results: Path = Path("results")
     """Folder for the results; a suite writes to SUITE/PRESET in it."""
-    seed: int = 0
-    """Seed of adapters, batches and faults; a base model that is pretrained here is shared."""
+    seeds: tuple[int, ...] = ()
+    """Seeds of adapters, batches and faults; tables show mean and standard deviation over them.
+    By default 0, and several in the suite seeds. A base model that is pretrained here is shared."""
     mesh: tuple[int, int, int] = (1, 1, 1)
     """Devices along the axes data (parts of a batch), fsdp (parts of the stored model) and tensor
     (parts of a product)."""
@@ -69,9 +70,8 @@ class Lab(Generic[Config]):
 
     def __init__(self, suite: str, options: Options, presets: Mapping[str, Config]):
         self.config = preset_of(presets, options.preset)
-        if not 0 <= options.seed < 2**32:
-            raise UserError(f"--seed {options.seed}: must be in 0 ... 2**32 - 1")
         self.options = options
+        self.seeds = _checked(options.seeds or (0,))
         self._mesh = _mesh(options.mesh)
         # The last one only: models are large.
         self.finetune: Callable[[Job], Finetune] = functools.lru_cache(maxsize=1)(self._make)
@@ -80,7 +80,6 @@ class Lab(Generic[Config]):
             "data": self._corpus and _describe(self._corpus),
             "models": None if options.models is None else str(options.models),
             "mesh": options.mesh,
-            "seed": options.seed,
         }
         path = options.results / suite.replace("-", "_") / options.preset
         config = described(suite, options.preset, self.config) | chosen
@@ -95,7 +94,7 @@ class Lab(Generic[Config]):
         name = f"zero-step, {job.base.name}, {'LoRA' if job.lora else 'full'}"
         if name not in self.folder.runs:
             with self.on_mesh():
-                start = self.finetune(job).start(self.options.seed)
+                start = self.finetune(job).start(self.seeds[0])
                 loss = self.finetune(job).heldout_loss(start.params, start.frozen)
             self.folder.finish(name, {"heldout_loss": loss})
         return self.folder.runs[name]["heldout_loss"]
@@ -106,21 +105,24 @@ class Lab(Generic[Config]):
         runs: Mapping[Key, Run],
         methods: Mapping[str, Method],
         eval_steps: int | None = None,
-    ) -> dict[Key, Record]:
-        """Does the runs that are not done yet.
+    ) -> dict[Key, list[Record]]:
+        """Does the runs that are not done yet, with every seed.
 
         Args:
           job: What they are runs of.
-          runs: What the suite calls them -> the runs; their names are unique in the suite.
+          runs: What the suite calls them -> the runs, without a seed; their names are unique in the
+            suite.
           methods: Name -> optimizer.
           eval_steps: Steps between measurements of the held-out loss; by default only the last.
 
         Returns:
-          What the suite calls them -> their records, in the order of the runs.
+          What the suite calls them -> their records, in the order of the runs and of the seeds.
         """
-        todo = [run for run in runs.values() if run.name not in self.folder.runs]
+        # Seed by seed: a job that is cut short leaves whole tables of the first ones.
+        seeded = [run.seeded(seed) for seed in self.seeds for run in runs.values()]
+        todo = [run for run in seeded if run.name not in self.folder.runs]
         if todo:
-            total, left = len(runs) * job.steps, len(todo) * job.steps
+            total, left = len(seeded) * job.steps, len(todo) * job.steps
             with (
                 self.on_mesh(),
                 tqdm(total=total, initial=total - left, unit="step") as progress,
@@ -131,7 +133,11 @@ class Lab(Generic[Config]):
                     finetune.do(
                         run, methods[run.method], self.folder, progress, eval_steps or job.steps
                     )
-        return {key: self.folder.runs[run.name] for key, run in runs.items()}
+        return {key: [self.folder.runs[n] for n in self.names(run)] for key, run in runs.items()}
+
+    def names(self, run: Run) -> list[str]:
+        """What the results folder calls a run, seed by seed."""
+        return [run.seeded(seed).name for seed in self.seeds]
 
     def publish(
         self,
@@ -148,7 +154,7 @@ class Lab(Generic[Config]):
         self.folder.write_csv("summary.csv", rows)
         seconds = sum(record.get("seconds", 0.0) for record in runs.values())
         made = [
-            f"seed: {self.options.seed}",
+            f"seeds: {', '.join(map(str, self.seeds))}",
             f"training: {seconds:.0f} s in all, compilation and evaluation excluded",
             *made_with(),
         ]
@@ -171,6 +177,15 @@ def _mesh(shape: tuple[int, int, int]) -> Mesh | None:
     return make_mesh(*shape, devices=found[:count]) if count > 1 else None
 
 
+def _checked(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise UserError(f"--seeds {seed}: must be in 0 ... 2**32 - 1")
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds {' '.join(map(str, seeds))}: must differ from each other")
+    return seeds
+
+
 def _describe(corpus: Corpus) -> dict[str, str]:
     """The user's text: where it is and what is in it."""
     hashes = {name: documents.digest.sha256 for name, documents in corpus.splits.items()}
@@ -184,9 +199,11 @@ def perplexity(record: Record) -> float:
     return math.exp(loss) if loss is not None and loss < 700 else math.inf
 
 
+def mean_perplexity(records: Sequence[Record]) -> float:
+    """Mean of held-out perplexities over seeds; infinite if one of them is."""
+    return statistics.fmean(map(perplexity, records))
+
+
 def perplexities(records: Sequence[Record]) -> str:
     """Mean and standard deviation of held-out perplexities over seeds, for a reader."""
-    values = list(map(perplexity, records))
-    if len(values) < 2 or not all(map(math.isfinite, values)):
-        return number(max(values))
-    return f"{number(statistics.fmean(values))} ± {number(statistics.stdev(values))}"
+    return with_spread(list(map(perplexity, records)), number)

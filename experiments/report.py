@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import shlex
+import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import rich.table
@@ -39,14 +40,30 @@ def number(value: Any) -> str:
     return f"{value:.3g}" if value < 0.1 or value >= 1000 else f"{value:.2f}"
 
 
-def guard_table(records: Mapping[str, Mapping[str, Any]]) -> Table:
+def with_spread(values: Sequence[float], form: Callable[[float], str] = "{:.3f}".format) -> str:
+    """Mean and standard deviation over seeds, for a reader.
+
+    Args:
+      values: One value per seed.
+      form: How a number is written.
+
+    Returns:
+      Both, or the value of the only seed, or `diverged` where one is not finite.
+    """
+    if not all(map(math.isfinite, values)):
+        return "diverged"
+    middle = form(statistics.fmean(values))
+    return middle if len(values) < 2 else f"{middle} ± {form(statistics.stdev(values))}"
+
+
+def guard_table(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     """What the guard did in each run.
 
     Args:
-      records: Label -> the record of a guarded run.
+      records: Label -> the records of a guarded run, one per seed.
 
     Returns:
-      The table, a row per run.
+      The table, a row per run; seeds stand beside each other where they differ.
     """
     columns = {
         "guard_control_active_steps": "active steps",
@@ -57,9 +74,15 @@ def guard_table(records: Mapping[str, Mapping[str, Any]]) -> Table:
         "guard_regime": "last regime",
     }
     rows = [
-        [label, *(number(record[field]) for field in columns)] for label, record in records.items()
+        [label, *(_side_by_side(record[field] for record in found) for field in columns)]
+        for label, found in records.items()
     ]
     return Table("What the guard did", ["run", *columns.values()], rows)
+
+
+def _side_by_side(values: Iterable[Any]) -> str:
+    texts = list(map(number, values))
+    return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
 
 
 def write_report(

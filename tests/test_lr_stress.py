@@ -113,8 +113,8 @@ class TestJob:
 
     def test_other_settings_are_not_mixed(self, finished, text, capsys):
         before = measured(finished)
-        assert run(finished, text, "--seed=1") == 2
-        assert "(different seed): choose another --results, or --fresh" in capsys.readouterr().err
+        assert run(finished) == 2
+        assert "(different data): choose another --results, or --fresh" in capsys.readouterr().err
         assert measured(finished) == before
 
 
@@ -147,7 +147,10 @@ class TestErrors:
         assert "--preset huge: unknown; choose one of nano, small" in error(preset="huge")
 
     def test_seed_out_of_range(self, error):
-        assert "--seed -1: must be in" in error("--seed=-1")
+        assert "--seeds -1: must be in" in error("--seeds", "-1")
+
+    def test_seed_twice(self, error):
+        assert "--seeds 1 1: must differ" in error("--seeds", "1", "1")
 
     def test_cache_that_cannot_be_written(self, error, tmp_path, monkeypatch):
         (tmp_path / "cache").touch()

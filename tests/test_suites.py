@@ -46,13 +46,15 @@ FULL = dataclasses.replace(
 )
 TINY = {
     clipping: clipping.ClippingConfig(TINY_JOB, norms=(0.1,)),
-    failures: failures.FailuresConfig(TINY_JOB, seeds=1, methods=("AdamW", "guard(AdamW)")),
+    failures: failures.FailuresConfig(TINY_JOB, methods=("AdamW", "guard(AdamW)")),
     lr_stress: lr_stress.LrStressConfig(TINY_JOB, multiples=(1, 100)),
     neutrality: neutrality.NeutralityConfig(
         TINY_JOB, multiples=(10,), path_multiples=(0.5, 100), stops=2, probes=2
     ),
     reference: reference.ReferenceConfig(TINY_JOB, eval_steps=2 * CHUNK),
-    seeds: seeds.SeedsConfig(TINY_JOB, seeds=2, multiples=(1,), methods=("AdamW", "guard(AdamW)")),
+    seeds: seeds.SeedsConfig(
+        TINY_JOB, seeds=(0, 1), multiples=(1,), methods=("AdamW", "guard(AdamW)")
+    ),
     sizes: sizes.SizesConfig({"one": TINY_JOB, "two": FULL}, (1,), ("AdamW", "guard(AdamW)")),
     tinyllama: lr_stress.LrStressConfig(FULL, multiples=(1, 100)),
 }
@@ -107,10 +109,10 @@ def test_reference_measures_the_loss_on_the_way(results):
         json.loads(line)
         for line in (results / "reference" / "tiny" / "metrics.jsonl").read_text().splitlines()
     ]
-    plain = [row for row in rows if row["run"] == "AdamW" and "heldout_loss" in row]
+    plain = [row for row in rows if row["run"] == "AdamW, seed 0" and "heldout_loss" in row]
     assert [row["step"] for row in plain] == [2 * CHUNK, 4 * CHUNK]
     assert 0 < plain[0]["seconds"] < plain[1]["seconds"]
-    assert set(_rows(results, "reference")) >= set(COMPARED)
+    assert set(_rows(results, "reference")) >= {f"{name}, seed 0" for name in COMPARED}
 
 
 @pytest.mark.parametrize("name", methods.baselines(8))
@@ -155,8 +157,8 @@ def test_clipping_reports_gradient_norms_before_clipping(results):
 
 def test_a_healthy_path_is_identical(results):
     runs = json.loads((results / "neutrality" / "tiny" / "runs.json").read_text())
-    assert all(stop["identical"] for stop in runs["paths at 0.5x"]["stops"])
-    assert not any(stop["identical"] for stop in runs["paths at 100x"]["stops"])
+    assert all(stop["identical"] for stop in runs["paths at 0.5x, seed 0"]["stops"])
+    assert not any(stop["identical"] for stop in runs["paths at 100x, seed 0"]["stops"])
 
 
 def test_a_checkpoint_and_a_text_from_folders(tmp_path, cache, monkeypatch):
@@ -182,7 +184,7 @@ def test_a_checkpoint_and_a_text_from_folders(tmp_path, cache, monkeypatch):
     assert main([*command, "--models", str(tmp_path / "models")]) == 0
     rows = _rows(tmp_path, "lr_stress")
     before = rows["zero-step, someone/tiny, LoRA"]
-    assert float(rows["AdamW at 10x"]["heldout_loss"]) < float(before["heldout_loss"])
+    assert float(rows["AdamW at 10x, seed 0"]["heldout_loss"]) < float(before["heldout_loss"])
 
 
 def test_eight_devices_end_as_one(results, cache, tmp_path, monkeypatch):
@@ -191,7 +193,7 @@ def test_eight_devices_end_as_one(results, cache, tmp_path, monkeypatch):
     options = ["--preset", "tiny", "--results", str(tmp_path), "--mesh", "2", "2", "2"]
     assert main(["lr-stress", "--methods", "guard(AdamW)", *options]) == 0
     ours, theirs = (
-        _rows(folder, "lr_stress")["guard(AdamW) at 100x"] for folder in (tmp_path, results)
+        _rows(folder, "lr_stress")["guard(AdamW) at 100x, seed 0"] for folder in (tmp_path, results)
     )
     assert float(ours["heldout_loss"]) == pytest.approx(float(theirs["heldout_loss"]), abs=1e-4)
     for field in ("guard_control_active_steps", "guard_regime_switches", "guard_regime"):

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import optax
 
-from experiments.bench import Bar, Bench, Findings, Row, difference, losses, mean, with_spread
+from experiments.bench import Bar, Bench, Findings, Row, difference, losses, mean
 from experiments.faults import drills
 from experiments.methods import adamw, behind_guard
-from experiments.report import Table
+from experiments.report import Table, with_spread
 from experiments.sections.stress import adamw_best_rate
 from experiments.sweep import sweep
 

@@ -10,10 +10,10 @@ import jax
 import optax
 from optax import contrib
 
-from experiments.bench import Bar, Bench, Findings, best_rate, difference, losses, mean, with_spread
+from experiments.bench import Bar, Bench, Findings, best_rate, difference, losses, mean
 from experiments.methods import behind_guard
 from experiments.presets import half_decades
-from experiments.report import Table
+from experiments.report import Table, with_spread
 from experiments.sweep import sweep
 
 TASK = "scratch"

@@ -13,10 +13,9 @@ from experiments.bench import (
     difference,
     losses,
     mean,
-    with_spread,
 )
 from experiments.methods import ADAMW, GUARD, PEERS, RATE_FREE
-from experiments.report import Table
+from experiments.report import Table, with_spread
 from experiments.sweep import sweep
 from experiments.tasks import TASKS
 

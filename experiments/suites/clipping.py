@@ -9,7 +9,7 @@ import optax
 from experiments import jobs, peers, plots
 from experiments.finetune import Run
 from experiments.jobs import Job
-from experiments.lab import Arguments, Lab, perplexity
+from experiments.lab import Arguments, Lab, perplexities
 from experiments.methods import ADAMW, GUARD, Method, adamw, guard
 from experiments.report import Table, guard_table, number
 
@@ -47,19 +47,19 @@ def clipping(options: Arguments) -> None:
     job = lab.config.job
     methods = clippers(lab.config.norms)
     rate = job.rate(lab.config.multiple)
-    runs = {name: Run(name, name, rate, options.seed) for name in methods}
-    healthy = Run("AdamW at 1x", ADAMW, job.reference_lr, options.seed)
+    runs = {name: Run(name, name, rate) for name in methods}
+    healthy = Run("AdamW at 1x", ADAMW, job.reference_lr)
     zero_step = lab.zero_step(job)
     records = lab.measure(job, {healthy.name: healthy, **runs}, methods)
     norms = {
-        name: [row["grad_norm"] for row in lab.folder.metrics(run.name)]
+        name: [row["grad_norm"] for seeded in lab.names(run) for row in lab.folder.metrics(seeded)]
         for name, run in runs.items()
     }
     rows = [
-        [name, number(perplexity(records[name])), *map(number, plots.quartiles(norms[name]))]
+        [name, perplexities(records[name]), *map(number, plots.quartiles(norms[name]))]
         for name in runs
     ]
-    rows.append([healthy.name, number(perplexity(records[healthy.name])), "", "", ""])
+    rows.append([healthy.name, perplexities(records[healthy.name]), "", "", ""])
     lab.publish(
         "Clipping against the guard",
         f"Does clipping help {job.base.name} at {lab.config.multiple:g}x its reference learning "

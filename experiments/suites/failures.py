@@ -34,8 +34,6 @@ class FailuresConfig:
 
     job: Job
     """What is fine-tuned where nothing goes wrong."""
-    seeds: int = 2
-    """Number of seeds, from the chosen one on."""
     methods: tuple[str, ...] = (
         ADAMW,
         "AdamW, LR / 10",
@@ -66,9 +64,9 @@ class FailuresConfig:
 
 
 PRESETS = {
-    "nano": FailuresConfig(jobs.NANO_SHORT, seeds=1),
-    "small": FailuresConfig(jobs.SMALL, seeds=1),
-    "paper": FailuresConfig(jobs.PAPER["7B"], seeds=1),
+    "nano": FailuresConfig(jobs.NANO_SHORT),
+    "small": FailuresConfig(jobs.SMALL),
+    "paper": FailuresConfig(jobs.PAPER["7B"]),
 }
 """Name -> settings."""
 
@@ -84,25 +82,19 @@ def failures(options: Arguments) -> None:
     zero_step = lab.zero_step(config.job)
     zero_loss = lab.zero_step_loss(config.job)
     faults: dict[str, Fault | None] = {**drills(config.job.steps), "none": None}
-    seeds = range(options.seed, options.seed + config.seeds)
     records: dict[str, dict[str, list[Record]]] = {}
     for name, scenario in config.scenarios().items():
         job = scenario.job
         runs = {
-            (method, seed): Run(
-                f"{name}: {method}, seed {seed}",
+            method: Run(
+                f"{name}: {method}",
                 method,
                 job.rate(scenario.multiple),
-                seed,
-                faults[scenario.fault],
+                fault=faults[scenario.fault],
             )
             for method in config.methods
-            for seed in seeds
         }
-        found = lab.measure(job, runs, baselines(job.steps))
-        records[name] = {
-            method: [found[method, seed] for seed in seeds] for method in config.methods
-        }
+        records[name] = lab.measure(job, runs, baselines(job.steps))
     clean = [record["heldout_loss"] for record in records[CLEAN][ADAMW]]
     bar = (zero_loss + sum(clean) / len(clean)) / 2
     failing = {name: cells for name, cells in records.items() if name != CLEAN}
@@ -122,9 +114,6 @@ def failures(options: Arguments) -> None:
                     [name, *(perplexities(found) for found in cells.values())]
                     for name, cells in records.items()
                 ],
-                "One seed."
-                if config.seeds == 1
-                else f"Mean ± standard deviation over {config.seeds} seeds.",
             ),
             Table(
                 "Productive compute",

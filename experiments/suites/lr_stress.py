@@ -17,9 +17,17 @@ from experiments import jobs, plots
 from experiments.errors import UserError
 from experiments.finetune import Run
 from experiments.jobs import Job
-from experiments.lab import Arguments, Lab, Options, perplexity
+from experiments.lab import (
+    Arguments,
+    Lab,
+    Options,
+    Record,
+    mean_perplexity,
+    perplexities,
+    perplexity,
+)
 from experiments.methods import ADAMW, GUARD, baselines
-from experiments.report import Table, guard_table, number
+from experiments.report import Table, guard_table, number, with_spread
 
 PLOTTED_MULTIPLE = 100
 """Learning rate of the two runs that are drawn over time, in units of the reference."""
@@ -91,36 +99,33 @@ def sweep_rates(
         if name not in known:
             raise UserError(f"--methods {name!r}: unknown; choose from {', '.join(known)}, or all")
     runs = {
-        (method, multiple): Run(
-            f"{method} at {multiple:g}x",
-            method,
-            job.rate(multiple),
-            options.seed,
-        )
+        (method, multiple): Run(f"{method} at {multiple:g}x", method, job.rate(multiple))
         for multiple in multiples
         for method in chosen
     }
     zero_step = lab.zero_step(job)
     records = lab.measure(job, runs, known)
     curves = {
-        method: [
-            (run.learning_rate, perplexity(records[cell]))
-            for cell, run in runs.items()
-            if cell[0] == method
-        ]
+        method: [(job.rate(multiple), records[method, multiple]) for multiple in multiples]
         for method in chosen
+    }
+    means = {
+        method: [(rate, mean_perplexity(found)) for rate, found in points]
+        for method, points in curves.items()
     }
     tables = [_curve_table(curves, multiples, zero_step), _sensitivity_table(curves, zero_step)]
     if options.preset == "paper" and {ADAMW, GUARD} <= set(chosen):
-        tables.append(_paper_table(curves))
+        tables.append(_paper_table(means))
     tables.append(
         guard_table({f"{m:g}x": records[GUARD, m] for m in multiples if (GUARD, m) in records})
     )
-    best = min(ppl for _, ppl in curves.get(ADAMW, next(iter(curves.values()))))
+    best = min(ppl for _, ppl in means.get(ADAMW, next(iter(means.values()))))
     heading = f"{job.base.name} on {job.corpus}"
-    pictures = {"perplexity.png": plots.lr_curves(curves, zero_step, best, heading)}
+    pictures = {"perplexity.png": plots.lr_curves(means, zero_step, best, heading)}
     if {ADAMW, GUARD} <= set(chosen) and PLOTTED_MULTIPLE in multiples:
-        stressed = {method: runs[method, PLOTTED_MULTIPLE].name for method in (ADAMW, GUARD)}
+        stressed = {
+            method: lab.names(runs[method, PLOTTED_MULTIPLE])[0] for method in (ADAMW, GUARD)
+        }
         pictures["stressed_run.png"] = plots.stressed_run(
             *((method, lab.folder.metrics(name)) for method, name in stressed.items()),
             math.log(zero_step),
@@ -133,9 +138,6 @@ def sweep_rates(
         tables,
         pictures,
     )
-
-
-Curves = Mapping[str, Sequence[tuple[float, float]]]
 
 
 def sensitivity(curve: Sequence[tuple[float, float]], zero_step: float) -> float:
@@ -159,10 +161,14 @@ def sensitivity(curve: Sequence[tuple[float, float]], zero_step: float) -> float
     return sum(losses) / len(losses) - min(losses)
 
 
+Curves = Mapping[str, Sequence[tuple[float, Sequence[Record]]]]
+"""Method -> its (learning rate, records of the seeds) points."""
+
+
 def _curve_table(curves: Curves, multiples: Sequence[float], zero_step: float) -> Table:
     rates = [rate for rate, _ in next(iter(curves.values()))]
     rows = [
-        [f"{multiple:g}x", f"{rate:g}", *(number(points[i][1]) for points in curves.values())]
+        [f"{multiple:g}x", f"{rate:g}", *(perplexities(points[i][1]) for points in curves.values())]
         for i, (multiple, rate) in enumerate(zip(multiples, rates, strict=True))
     ]
     title = f"Held-out perplexity (zero-step {number(zero_step)})"
@@ -170,7 +176,12 @@ def _curve_table(curves: Curves, multiples: Sequence[float], zero_step: float) -
 
 
 def _sensitivity_table(curves: Curves, zero_step: float) -> Table:
-    rows = [[name, f"{sensitivity(curve, zero_step):.3f}"] for name, curve in curves.items()]
+    rows = []
+    for name, points in curves.items():
+        seeds = zip(*(map(perplexity, found) for _, found in points), strict=True)
+        rates = [rate for rate, _ in points]
+        values = [sensitivity([*zip(rates, ppl, strict=True)], zero_step) for ppl in seeds]
+        rows.append([name, with_spread(values)])
     return Table(
         "Learning-rate sensitivity",
         ["method", "nats"],
@@ -181,8 +192,8 @@ def _sensitivity_table(curves: Curves, zero_step: float) -> Table:
     )
 
 
-def _paper_table(curves: Curves) -> Table:
-    plain, guarded = dict(curves[ADAMW]), dict(curves[GUARD])
+def _paper_table(means: Mapping[str, Sequence[tuple[float, float]]]) -> Table:
+    plain, guarded = dict(means[ADAMW]), dict(means[GUARD])
     rows = [
         [f"{rate:g}", *map(number, (theirs[0], plain[rate], theirs[1], guarded[rate]))]
         for rate, theirs in PAPER_PERPLEXITIES.items()

@@ -19,7 +19,7 @@ from experiments import jobs, plots
 from experiments.curvature import hessian_trace
 from experiments.finetune import Run
 from experiments.jobs import Job
-from experiments.lab import Arguments, Lab, Record, perplexity
+from experiments.lab import Arguments, Lab, Record, perplexities
 from experiments.methods import ADAMW, GUARD, Method, adamw, guard
 from experiments.report import Table, number
 from experiments.suites.study import SWITCHED_OFF
@@ -69,21 +69,18 @@ def neutrality(options: Arguments) -> None:
 
 def _ablation(lab: Lab[NeutralityConfig]) -> tuple[Table, dict[str, list[float]]]:
     """Held-out perplexity with sensors and actions switched off; gradient norms of whole runs."""
-    config, job, seed = lab.config, lab.config.job, lab.options.seed
+    config, job = lab.config, lab.config.job
     methods: dict[str, Method] = {ADAMW: adamw, GUARD: guard}
     for name, changes in SWITCHED_OFF.items():
         methods[name] = functools.partial(_guard_with, lbw_optax.Law(**changes))
     runs = {
-        (name, multiple): Run(f"{name} at {multiple:g}x", name, job.rate(multiple), seed)
+        (name, multiple): Run(f"{name} at {multiple:g}x", name, job.rate(multiple))
         for name in methods
         for multiple in config.multiples
     }
     zero_step = lab.zero_step(job)
     records = lab.measure(job, runs, methods)
-    rows = [
-        [name, *(number(perplexity(records[name, m])) for m in config.multiples)]
-        for name in methods
-    ]
+    rows = [[name, *(perplexities(records[name, m]) for m in config.multiples)] for name in methods]
     table = Table(
         f"Held-out perplexity without a sensor or an action (zero-step {number(zero_step)})",
         ["guard", *(f"{multiple:g}x" for multiple in config.multiples)],
@@ -92,7 +89,9 @@ def _ablation(lab: Lab[NeutralityConfig]) -> tuple[Table, dict[str, list[float]]
     )
     norms = {
         f"{name} at {multiple:g}x": [
-            row["grad_norm"] for row in lab.folder.metrics(runs[name, multiple].name)
+            row["grad_norm"]
+            for seeded in lab.names(runs[name, multiple])
+            for row in lab.folder.metrics(seeded)
         ]
         for name in (ADAMW, GUARD)
         for multiple in config.multiples
@@ -111,7 +110,7 @@ def _paths(lab: Lab[NeutralityConfig]) -> list[Table]:
     stops = [stride * i for i in range(1, config.stops + 1)]
     distances, traces = [], []
     for multiple in config.path_multiples:
-        name = f"paths at {multiple:g}x"
+        name = f"paths at {multiple:g}x, seed {lab.seeds[0]}"
         if name not in lab.folder.runs:
             with lab.on_mesh():
                 lab.folder.finish(name, {"stops": _compare(lab, job.rate(multiple), stops)})
@@ -129,7 +128,7 @@ def _paths(lab: Lab[NeutralityConfig]) -> list[Table]:
             ["LR", *columns],
             distances,
             "`identical` is bit for bit. Otherwise the cosine of the two displacements from the "
-            "start, and their lengths without and with the guard.",
+            "start, and their lengths without and with the guard. Of the first seed.",
         ),
         Table(
             "Trace of the Hessian",
@@ -142,7 +141,7 @@ def _paths(lab: Lab[NeutralityConfig]) -> list[Table]:
 
 
 def _compare(lab: Lab[NeutralityConfig], rate: float, stops: list[int]) -> list[Record]:
-    finetune, seed = lab.finetune(lab.config.job), lab.options.seed
+    finetune, seed = lab.finetune(lab.config.job), lab.seeds[0]
     start = finetune.start(seed)
     paths = [list(finetune.path(m, rate, seed, stops)) for m in (adamw, guard)]
     inputs = (start.frozen, finetune.batch(seed))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from experiments import jobs
+from experiments.errors import preset_of
 from experiments.finetune import Run
 from experiments.jobs import Job
 from experiments.lab import Arguments, Lab, perplexities
@@ -21,8 +22,8 @@ class SeedsConfig:
 
     job: Job
     """What is fine-tuned."""
-    seeds: int = 5
-    """Number of seeds, from the chosen one on."""
+    seeds: tuple[int, ...] = tuple(range(5))
+    """The seeds, where the user does not choose."""
     multiples: tuple[float, ...] = (1, 10)
     """Learning rates, in units of the job's reference."""
     methods: tuple[str, ...] = (ADAMW, "AdamW, warmup + cosine", "Prodigy", GUARD)
@@ -31,8 +32,8 @@ class SeedsConfig:
 
 PRESETS = {
     "nano": SeedsConfig(jobs.NANO_SHORT),
-    "small": SeedsConfig(jobs.SMALL, seeds=3),
-    "paper": SeedsConfig(jobs.PAPER["3B"], seeds=3),
+    "small": SeedsConfig(jobs.SMALL, seeds=(0, 1, 2)),
+    "paper": SeedsConfig(jobs.PAPER["3B"], seeds=(0, 1, 2)),
 }
 """Name -> settings."""
 
@@ -43,37 +44,24 @@ def seeds(options: Arguments) -> None:
     Args:
       options: What every suite asks.
     """
-    lab = Lab("seeds", options, PRESETS)
+    chosen = options.seeds or preset_of(PRESETS, options.preset).seeds
+    lab = Lab("seeds", dataclasses.replace(options, seeds=chosen), PRESETS)
     config, job = lab.config, lab.config.job
     runs = {
-        (method, multiple, seed): Run(
-            f"{method} at {multiple:g}x, seed {seed}",
-            method,
-            job.rate(multiple),
-            seed,
-        )
+        (method, multiple): Run(f"{method} at {multiple:g}x", method, job.rate(multiple))
         for method in config.methods
         for multiple in config.multiples
-        for seed in range(options.seed, options.seed + config.seeds)
     }
     zero_step = lab.zero_step(job)
     records = lab.measure(job, runs, baselines(job.steps))
     rows = [
-        [
-            method,
-            *(
-                perplexities(
-                    [record for key, record in records.items() if key[:2] == (method, multiple)]
-                )
-                for multiple in config.multiples
-            ),
-        ]
+        [method, *(perplexities(records[method, multiple]) for multiple in config.multiples)]
         for method in config.methods
     ]
     columns = [f"{multiple:g}x" for multiple in config.multiples]
     tables = [
         Table(
-            f"Held-out perplexity over {config.seeds} seeds (zero-step {number(zero_step)})",
+            f"Held-out perplexity over {len(lab.seeds)} seeds (zero-step {number(zero_step)})",
             ["method", *columns],
             rows,
             "Mean ± standard deviation. A seed sets the adapters, the batches and nothing else.",

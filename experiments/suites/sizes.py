@@ -7,7 +7,7 @@ import dataclasses
 from experiments import jobs
 from experiments.finetune import Run
 from experiments.jobs import Job
-from experiments.lab import Arguments, Lab, perplexity
+from experiments.lab import Arguments, Lab, perplexities
 from experiments.methods import ADAMW, GUARD, baselines
 from experiments.report import Table, guard_table, number
 
@@ -67,10 +67,7 @@ def sizes(options: Arguments) -> None:
     for size, job in config.sizes.items():
         runs = {
             (method, multiple): Run(
-                f"{size}, {method} at {multiple:g}x",
-                method,
-                job.rate(multiple),
-                options.seed,
+                f"{size}, {method} at {multiple:g}x", method, job.rate(multiple)
             )
             for multiple in config.multiples
             for method in config.methods
@@ -80,7 +77,7 @@ def sizes(options: Arguments) -> None:
         for multiple in config.multiples:
             rows.append(
                 [size, number(zero_step), f"{multiple:g}x"]
-                + [number(perplexity(records[method, multiple])) for method in config.methods]
+                + [perplexities(records[method, multiple]) for method in config.methods]
             )
             guarded[f"{size}, {multiple:g}x"] = records[GUARD, multiple]
     lab.publish(

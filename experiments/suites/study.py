@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lbw_optax
-from experiments.bench import Bench, Findings, Row, difference, losses, mean, with_spread
+from experiments.bench import Bench, Findings, Row, difference, losses, mean
 from experiments.errors import UserError
 from experiments.faults import drills
 from experiments.methods import adamw
 from experiments.presets import STUDY_PRESETS
-from experiments.report import Table
+from experiments.report import Table, with_spread
 from experiments.sections.stress import adamw_best_rate
 from experiments.sweep import sweep
 from experiments.tasks import TASKS
