@@ -158,6 +158,8 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
             loss=value,
             last_step=state.last_step,
             sampled_gradients=memory.pick(updates, state.last_step),
+            sampled_step=memory.pick(step, state.last_step),
+            last_length=state.controller.last_length,
             inner_states=(state.inner_state, inner_state),
             axis_name=axis_name,
         )

@@ -10,6 +10,7 @@ _SHARES = (
     "overshoot_decay",
     "gradient_rise",
     "gradient_fall",
+    "persistence",
     "calm_ratio",
     "slack",
     "cut",
@@ -137,6 +138,9 @@ class Law:
     bearable_most: float = 0.05
     """Largest bearable overshoot, in standard deviations of the loss; runs at the best learning
     rate of training from scratch reach 0.045."""
+    persistence: float = 0.85
+    """Mean cosine of successive steps at which the two values hold. Those of AdamW are at 0.86 and
+    more, of Lion at 0.5, of Adafactor near 0: without momentum more overshoot is bearable."""
     release: float = 1.05
     """Factor per step by which the scale returns to 1 in RECOVERY."""
     rise_limit: float = 1.25

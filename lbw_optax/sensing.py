@@ -22,6 +22,7 @@ class Telemetry(NamedTuple):
       slope: <g_t, u_t>, the change of the loss that the new step predicts.
       overshoot: <g_t, d_{t-1}>, the slope at the end of the last applied step; positive means that
         the step went too far.
+      alignment: cosine of u_t and d_{t-1}; 1 where it cannot be measured.
       size: number of floating-point entries.
       loss_finite: whether the loss is finite.
       gradient_finite: whether the gradients and their squared norm are finite.
@@ -34,6 +35,7 @@ class Telemetry(NamedTuple):
     parameter_norm: jax.Array  # shape=(), dtype=float32
     slope: jax.Array  # shape=(), dtype=float32
     overshoot: jax.Array  # shape=(), dtype=float32
+    alignment: jax.Array  # shape=(), dtype=float32
     size: jax.Array  # shape=(), dtype=float32
     loss_finite: jax.Array  # shape=(), dtype=bool
     gradient_finite: jax.Array  # shape=(), dtype=bool
@@ -56,6 +58,7 @@ class Statistics(NamedTuple):
       overshoot_mean: mean of overshoot / scale^2, not yet bias-corrected.
       overshoot_square: mean of its square, not yet bias-corrected.
       slope_mean: mean of |<g_t, u_t>|, not yet bias-corrected.
+      persistence: mean cosine of a step with the one before it; 1 until there are two.
     """
 
     observations: jax.Array  # shape=(), dtype=int32
@@ -69,18 +72,18 @@ class Statistics(NamedTuple):
     overshoot_mean: jax.Array  # shape=(), dtype=float32
     overshoot_square: jax.Array  # shape=(), dtype=float32
     slope_mean: jax.Array  # shape=(), dtype=float32
+    persistence: jax.Array  # shape=(), dtype=float32
 
 
 def init_statistics() -> Statistics:
     """Returns the statistics of a run that has not begun."""
     whole = ("observations", "overshoots")
     # Each field is an array of its own: shared buffers could not be donated.
-    return Statistics(
-        **{
-            name: jnp.zeros([], jnp.int32 if name in whole else jnp.float32)
-            for name in Statistics._fields
-        }
-    )
+    zeros = {
+        name: jnp.zeros([], jnp.int32 if name in whole else jnp.float32)
+        for name in Statistics._fields
+    }
+    return Statistics(**zeros | {"persistence": jnp.ones([], jnp.float32)})
 
 
 def is_inexact(x: Any) -> bool:
@@ -139,6 +142,8 @@ def measure(
     loss: Any,
     last_step: Any,
     sampled_gradients: Any,
+    sampled_step: Any,
+    last_length: jax.Array,
     inner_states: tuple[Any, Any],
     axis_name: Any,
 ) -> Telemetry:
@@ -151,6 +156,8 @@ def measure(
       loss: scalar loss, or None.
       last_step: what is remembered of the last applied step.
       sampled_gradients: the entries of the gradients that match `last_step`.
+      sampled_step: the entries of the step that match it.
+      last_length: norm of the last applied step; 0 before the first.
       inner_states: the inner optimizer's state before and after the step.
       axis_name: mesh axes over which the leaves are split, or None.
 
@@ -165,6 +172,7 @@ def measure(
         "params": inner_product(params, params),
         "slope": inner_product(gradients, usable),
         "overshoot": inner_product(sampled_gradients, last_step),
+        "alignment": inner_product(finite_part(sampled_step), last_step),
         "nonfinite": became_nonfinite(usable, step, scalars=True)
         + became_nonfinite(*inner_states, scalars=scalars),
         "size": jnp.float32(sum(x.size for x in jax.tree.leaves(gradients) if is_inexact(x))),
@@ -173,14 +181,19 @@ def measure(
     if axis_name is not None:
         sums = jax.lax.psum(sums, axis_name)
     coverage = sums["size"] / jnp.maximum(sums["sample"], 1)
+    step_norm = jnp.sqrt(sums["step"])
+    known = (sums["sample"] > 0) & (step_norm > 0) & (last_length > 0)
+    cosine = sums["alignment"] * coverage / jnp.where(known, step_norm, 1)
+    cosine = cosine / jnp.where(known, last_length, 1)
     loss = jnp.float32(0) if loss is None else jnp.asarray(loss).astype(jnp.float32)
     return Telemetry(
         loss=loss,
         gradient_norm=jnp.sqrt(sums["gradient"]),
-        step_norm=jnp.sqrt(sums["step"]),
+        step_norm=step_norm,
         parameter_norm=jnp.sqrt(sums["params"]),
         slope=sums["slope"],
         overshoot=sums["overshoot"] * coverage,
+        alignment=jnp.where(known & jnp.isfinite(cosine), jnp.clip(cosine, -1, 1), 1),
         size=sums["size"],
         loss_finite=jnp.isfinite(loss),
         gradient_finite=jnp.isfinite(sums["gradient"]) & jnp.isfinite(sums["overshoot"]),
@@ -259,13 +272,27 @@ def compare(
     return Signals(
         noise=noise,
         innovation=innovation,
-        bearable=bearable,
+        bearable=bearable * _patience(s.persistence, law),
         slope=slope,
         spike=ratio / (law.spike_ratio * warmup),
         faded=(ratio * law.collapse_ratio * warmup < 1) & (s.gradient_mean > 0),
         overshoot=overshoot,
         overshoot_error=error,
     )
+
+
+def _patience(persistence: jax.Array, law: Law) -> jax.Array:
+    r"""What overshoots per step may be multiplied with if steps do not add up.
+
+    .. math:: \max\left(1, \frac{1 + \kappa_0}{1 - \kappa_0} \frac{1 - \kappa}{1 + \kappa}\right)
+
+    with :math:`\kappa` = ``|persistence|`` and :math:`\kappa_0` = ``law.persistence``: noise that
+    persists for :math:`(1 + \kappa) / (1 - \kappa)` steps moves the parameters by the square root
+    of that times the length of a step, and the overshoot grows with the square of the length.
+    """
+    usual = jnp.float32(law.persistence)
+    found = jnp.minimum(jnp.abs(persistence), usual)
+    return (1 + usual) / (1 + found) * ((1 - found) / (1 - usual))
 
 
 def learn_gradient(statistics: Statistics, gradient_norm: jax.Array, law: Law) -> jax.Array:
@@ -342,5 +369,8 @@ def observe(
         ),
         slope_mean=jnp.where(
             t.step_norm > 0, _ema(s.slope_mean, jnp.abs(t.slope), 1 - b), s.slope_mean
+        ),
+        persistence=jnp.where(
+            moved & (t.step_norm > 0), _ema(s.persistence, t.alignment, 1 - b), s.persistence
         ),
     )

@@ -54,6 +54,7 @@ SWITCHED_OFF: dict[str, dict[str, float]] = {
     "no growth of the trust radius": {"trust_straight": OFF},
     "no earned growth": {"earned_most": 1.0},
     "no earned annealing": {"earned_least": 1.0},
+    "no persistence": {"persistence": 1e-6},
     "no slack of the latch": {"slack": 0.999},
 }
 """Row -> the constants of `Law` that switch a sensor or an action off."""
