@@ -33,6 +33,10 @@ class BenchPreset:
     """Steps of the runs that the guard should leave alone."""
     idle_seeds: int = 10
     """How many of them there are per learning rate."""
+    long_idle_steps: int = 10_000
+    """Steps of some longer ones."""
+    long_idle_seeds: int = 2
+    """How many of these there are per learning rate."""
     problem_steps: int = 30_000
     """Most steps of the small problems, as in optax's own tests."""
     heldout_windows: int = 128

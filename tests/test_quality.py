@@ -32,6 +32,8 @@ TINY = presets.BenchPreset(
     stressed_rates=1,
     idle_steps=5,
     idle_seeds=2,
+    long_idle_steps=6,
+    long_idle_seeds=1,
     problem_steps=50,
     heldout_windows=2,
 )
