@@ -51,6 +51,19 @@ def rank_promotion(request):
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def compiled_programs(tmp_path_factory):
+    """Keeps what is compiled: equal programs of different tests are then compiled only once."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    reset_cache()  # Else jax goes by the folder of the process' first compilation.
+
+
 @pytest.fixture(scope="module")
 def cheap_compilation():
     """Compiles a module's programs with few optimizations, where that takes most of the time."""
@@ -61,23 +74,6 @@ def cheap_compilation():
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Where pretrained models are kept.
-
-    Most of a tiny job is compilation: it is made cheap here, and is shared by the module's jobs.
-    """
-    folder = tmp_path_factory.mktemp("cache")
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(folder / "programs"),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    reset_cache()  # Else jax goes by the folder of the process' first compilation.
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
-    reset_cache()
+def cache(cheap_compilation, tmp_path_factory):
+    """Where pretrained models are kept; most of a tiny job is compilation."""
+    return tmp_path_factory.mktemp("cache")

@@ -39,6 +39,8 @@ TINY = presets.BenchPreset(
 )
 TASK = ("scratch",)
 
+pytestmark = pytest.mark.usefixtures("cheap_compilation")
+
 
 def is_variable(x):
     return isinstance(x, nnx.Variable)
@@ -58,16 +60,6 @@ BIGRAM = tasks.Task(
     TINY.batch_size,
     TINY.seq_len,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def settings():
-    """Compilation takes most of the time, so it is made cheap; `experiments` may broadcast."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    with jax.numpy_rank_promotion("allow"):
-        yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(autouse=True)
