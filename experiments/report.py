@@ -32,12 +32,14 @@ class Table(NamedTuple):
 
 
 def number(value: Any) -> str:
-    """A number for a reader: three to four significant digits, `diverged` where it is none."""
+    """A number for a reader: two to four significant digits, `diverged` where it is none."""
     if isinstance(value, str | int):
         return str(value)
     if not math.isfinite(value):
         return "diverged"
-    return f"{value:.3g}" if value < 0.1 or value >= 1000 else f"{value:.2f}"
+    if value >= 1000:
+        return f"{value:.3g}"
+    return f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
 
 
 def with_spread(values: Sequence[float], form: Callable[[float], str] = "{:.3f}".format) -> str:
