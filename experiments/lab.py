@@ -94,6 +94,7 @@ class Lab(Generic[Config]):
         name = f"zero-step, {job.base.name}, {'LoRA' if job.lora else 'full'}"
         if name not in self.folder.runs:
             with self.on_mesh():
+                # Corrections start without effect: the seed does not matter.
                 start = self.finetune(job).start(self.seeds[0])
                 loss = self.finetune(job).heldout_loss(start.params, start.frozen)
             self.folder.finish(name, {"heldout_loss": loss})

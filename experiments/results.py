@@ -82,9 +82,9 @@ class Results:
         """The rows of a finished cell, in order; none if it is not finished."""
         return [row for row in self._read_jsonl(_ROWS) if row["cell"] == cell]
 
-    def metrics(self, run: str) -> list[dict[str, Any]]:
-        """The metrics of the steps of one run, in order."""
-        return [row for row in self._read_jsonl(_METRICS) if row["run"] == run and "loss" in row]
+    def metrics(self, *runs: str) -> list[dict[str, Any]]:
+        """The metrics of the steps of some runs, in order."""
+        return [row for row in self._read_jsonl(_METRICS) if row["run"] in runs and "loss" in row]
 
     def evaluations(self, run: str) -> list[dict[str, Any]]:
         """The measurements of the held-out loss of one run, in order."""

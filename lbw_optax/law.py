@@ -139,8 +139,8 @@ class Law:
     """Largest bearable overshoot, in standard deviations of the loss; runs at the best learning
     rate of training from scratch reach 0.045."""
     persistence: float = 0.85
-    """Mean cosine of successive steps at which the two values hold. Those of AdamW are at 0.86 and
-    more, of Lion at 0.5, of Adafactor near 0: without momentum more overshoot is bearable."""
+    """Mean cosine of successive steps at which the two values hold. AdamW's is about 0.9,
+    Lion's 0.5, Adafactor's near 0: without momentum more overshoot is bearable."""
     release: float = 1.05
     """Factor per step by which the scale returns to 1 in RECOVERY."""
     rise_limit: float = 1.25

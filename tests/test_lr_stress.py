@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 
 import pytest
 from suite_helpers import TINY_JOB
@@ -110,6 +111,18 @@ class TestJob:
         assert run(tmp_path, text) == 0
         assert measured(tmp_path) == measured(finished)
         assert not any((tmp_path / "lr_stress" / "tiny" / "checkpoints").iterdir())
+
+    def test_a_seed_that_is_added_reuses_the_others(self, finished, text, tmp_path):
+        shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+        assert run(tmp_path, text, "--methods", "AdamW", "--seeds", "0", "1") == 0
+        before, after = (
+            json.loads((folder / "lr_stress" / "tiny" / "runs.json").read_text())
+            for folder in (finished, tmp_path)
+        )
+        added = {f"AdamW at {multiple}x, seed 1" for multiple in TINY.multiples}
+        assert {name: after.pop(name)["seed"] for name in added} == dict.fromkeys(added, 1)
+        assert after == before
+        assert "±" in (tmp_path / "lr_stress" / "tiny" / "report.md").read_text()
 
     def test_other_settings_are_not_mixed(self, finished, text, capsys):
         before = measured(finished)

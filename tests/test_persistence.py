@@ -14,9 +14,9 @@ PARAMS = {"w": 100 * normal(64, 64), "b": 100 * normal(8)}
 STEPS = 200
 
 
-def noise(steps=STEPS):
+def noise():
     """Gradients without any signal."""
-    return {"w": normal(steps, 64, 64, seed=1), "b": normal(steps, 8, seed=2)}
+    return {"w": normal(STEPS, 64, 64, seed=1), "b": normal(STEPS, 8, seed=2)}
 
 
 def persistence(inner, grads, memory="step", params=PARAMS):
@@ -25,17 +25,16 @@ def persistence(inner, grads, memory="step", params=PARAMS):
     return np.asarray(find(state).statistics.persistence)
 
 
-def bearable(mean_cosine, law=None):
-    law = Law() if law is None else law
+def bearable(mean_cosine):
+    """What is bearable in a run of that persistence, all else being equal."""
     run = sensing.init_statistics()._replace(
         observations=jnp.int32(100),
         loss_mean=jnp.float32(1),
         loss_variance=jnp.float32(0.1),
         persistence=jnp.float32(mean_cosine),
     )
-    zero, false = jnp.float32(0), jnp.bool_(False)
-    step = sensing.Telemetry(*[zero] * 8, false, false, false)
-    return float(sensing.compare(run, step, jnp.float32(1), True, law).bearable)
+    step = sensing.Telemetry(**dict.fromkeys(sensing.Telemetry._fields, jnp.float32(0)))
+    return float(sensing.compare(run, step, jnp.float32(1), True, Law()).bearable)
 
 
 @pytest.mark.parametrize("memory", ["step", "sparse"])

@@ -52,7 +52,7 @@ def clipping(options: Arguments) -> None:
     zero_step = lab.zero_step(job)
     records = lab.measure(job, {healthy.name: healthy, **runs}, methods)
     norms = {
-        name: [row["grad_norm"] for seeded in lab.names(run) for row in lab.folder.metrics(seeded)]
+        name: [row["grad_norm"] for row in lab.folder.metrics(*lab.names(run))]
         for name, run in runs.items()
     }
     rows = [

@@ -89,9 +89,7 @@ def _ablation(lab: Lab[NeutralityConfig]) -> tuple[Table, dict[str, list[float]]
     )
     norms = {
         f"{name} at {multiple:g}x": [
-            row["grad_norm"]
-            for seeded in lab.names(runs[name, multiple])
-            for row in lab.folder.metrics(seeded)
+            row["grad_norm"] for row in lab.folder.metrics(*lab.names(runs[name, multiple]))
         ]
         for name in (ADAMW, GUARD)
         for multiple in config.multiples
