@@ -169,7 +169,13 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
 
         # Interpret.
         bounds = policy.envelope(
-            state.controller, telemetry, state.statistics.observations, has_params, law, limits
+            state.controller,
+            telemetry,
+            state.statistics.observations,
+            signals.reach,
+            has_params,
+            law,
+            limits,
         )
         pressure = telemetry.step_norm / bounds.healthy
         diagnosis = interpretation.diagnose(

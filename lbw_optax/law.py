@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 _SHARES = (
+    "trust_way",
     "loss_decay",
     "trend_decay",
     "noise_decay",
@@ -42,14 +43,12 @@ class Law:
     unset_size: float = 1e-3
     """Parameters whose root mean square is below this have no size of their own yet: a relative
     step says nothing about them."""
-    trust_straight: float = 0.9
-    """The absolute trust radius grows after a bound step whose slope at the end is still this
-    share of the slope at the start. Networks reach 0.88 at most, smooth small problems 0.99."""
-    trust_curved: float = 0.5
-    """The trust radius shrinks where that share is lower: along a parabola the step was then more
-    than half of the way to the minimum."""
+    trust_way: float = 0.12
+    """Part of the way to the minimum of its own parabola that the absolute trust radius lets a step
+    go. At 0.1 cocob needs twice its steps on a parabola; from 0.15 on networks feel the radius."""
     trust_growth: float = 2.0
-    """Factor of both, as in trust-region methods (Conn, Gould and Toint, 2000)."""
+    """Largest factor per step of that radius, up and down, as in trust-region methods (Conn, Gould
+    and Toint, 2000)."""
 
     # Sensing: running statistics.
     loss_decay: float = 0.9
@@ -139,8 +138,8 @@ class Law:
     """Largest bearable overshoot, in standard deviations of the loss; runs at the best learning
     rate of training from scratch reach 0.045."""
     persistence: float = 0.85
-    """Mean cosine of successive steps at which the two values hold. AdamW's is about 0.9,
-    Lion's 0.5, Adafactor's near 0: without momentum more overshoot is bearable."""
+    """Mean cosine of successive steps at which the two values and the healthy length hold. AdamW's
+    is about 0.9, Lion's 0.5, Adafactor's near 0: steps that do not add up may be longer."""
     release: float = 1.05
     """Factor per step by which the scale returns to 1 in RECOVERY."""
     rise_limit: float = 1.25

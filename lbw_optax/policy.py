@@ -128,6 +128,7 @@ def envelope(
     controller: Controller,
     telemetry: Telemetry,
     observations: jax.Array,
+    reach: jax.Array,
     has_params: bool,
     law: Law,
     limits: Limits,
@@ -137,18 +138,19 @@ def envelope(
     .. math::
 
       \rho_t = \max(\rho, \rho_0 (t + 1)^{-a}), \quad
-      \text{healthy} = \max(\rho_t \|p\| \, n / n_0, f), \quad
+      \text{healthy} = \max(\rho_t w \|p\| \, n / n_0, f), \quad
       \text{hard} = \ell \max(\|p\|, \sqrt{n})
 
     with :math:`\rho` = ``law.relative_step``, :math:`\rho_0` = ``law.relative_step_start``,
-    :math:`a` = ``law.relative_step_power``, :math:`f` the trust radius, :math:`\ell` =
-    ``limits.relative_step_limit``, :math:`n` the number of parameters and :math:`n_0` that of
-    those in arrays that were not all zero at the start.
+    :math:`a` = ``law.relative_step_power``, :math:`w` = ``reach``, :math:`f` the trust radius,
+    :math:`\ell` = ``limits.relative_step_limit``, :math:`n` the number of parameters and
+    :math:`n_0` that of those in arrays that were not all zero at the start.
 
     Args:
       controller: the policy's memory.
       telemetry: this step.
       observations: accepted observations so far.
+      reach: how much longer steps may be because they do not add up.
       has_params: whether the caller gives the parameters; without them nothing bounds a step.
       law: the constants.
       limits: the hard limits.
@@ -164,7 +166,8 @@ def envelope(
     start = (
         law.relative_step_start * (observations.astype(jnp.float32) + 1) ** -law.relative_step_power
     )
-    relative = jnp.maximum(law.relative_step, start) * t.parameter_norm * controller.allowance
+    relative = jnp.maximum(law.relative_step, start) * reach
+    relative = relative * t.parameter_norm * controller.allowance
     hard = limits.relative_step_limit * jnp.maximum(t.parameter_norm, jnp.sqrt(t.size))
     hard = jnp.clip(hard, number.tiny, number.max)
     healthy = jnp.maximum(relative, _trust_radius(controller, t, law))
@@ -176,11 +179,11 @@ def envelope(
 
 
 def _trust_radius(controller: Controller, telemetry: Telemetry, law: Law) -> jax.Array:
-    """At first everything if the parameters have no size yet, else next to nothing."""
+    """At first everything if the parameters have no size yet, else what any step may have."""
     start = jnp.where(
         telemetry.parameter_norm <= law.unset_size * jnp.sqrt(telemetry.size),
         jnp.finfo(jnp.float32).max,
-        _least_radius(telemetry, law),
+        law.relative_step * telemetry.parameter_norm,
     )
     return jnp.where(controller.trust_radius > 0, controller.trust_radius, start)
 
@@ -197,16 +200,23 @@ def _next_trust_radius(
     harm: jax.Array,
     law: Law,
 ) -> jax.Array:
-    """Grows the radius while the slope hardly changes along a step, shrinks it where it does."""
+    r"""Moves the radius to a small part of the way to the minimum of the last step's parabola.
+
+    .. math:: f' = f \, \mathrm{clip}(\nu a / (a + c), 1 / G, G)
+
+    with :math:`a` and :math:`-c` the downward slope at the start and at the end of the step, so
+    that it went :math:`(a + c) / a` of that way, :math:`\nu` = ``law.trust_way`` and :math:`G` =
+    ``law.trust_growth``. Only a step that was bound lets the radius grow.
+    """
     c, t = controller, telemetry
     radius = _trust_radius(c, t, law)
     least = _least_radius(t, law)
-    start, end = -c.last_slope, -t.overshoot
-    straight = (start > 0) & (end > law.trust_straight * start)
-    curved = end < law.trust_curved * start
-    grown = jnp.where(bound & straight, radius * law.trust_growth, radius)
-    shrunk = jnp.maximum(radius / law.trust_growth, least)
-    learned = jnp.where(curved, shrunk, jnp.minimum(grown, jnp.finfo(jnp.float32).max / 4))
+    descent, lost = -c.last_slope, t.overshoot - c.last_slope
+    trusted = law.trust_way * descent
+    factor = jnp.where(lost > 0, trusted / jnp.where(lost > 0, lost, 1), law.trust_growth)
+    factor = jnp.clip(factor, 1 / law.trust_growth, jnp.where(bound, law.trust_growth, 1))
+    factor = jnp.where((descent > 0) & jnp.isfinite(lost), factor, 1)
+    learned = jnp.clip(radius * factor, least, jnp.finfo(jnp.float32).max / 4)
     # Parameters without a size: open until a step did harm or the parameters have outgrown them.
     wide_open = radius >= jnp.finfo(jnp.float32).max
     outgrown = (t.step_norm > 0) & (t.step_norm <= bounds.relative)
@@ -236,7 +246,8 @@ def decide(
       h_t &= h_{t-1} \cdot \begin{cases}
         \gamma & q + 2 e_q < 0 \text{ and } -q s > \beta \bar a \\
         1 / \gamma & (q - e_q) s^2 > \theta \\
-        1 & \text{otherwise} \end{cases} \\
+        1 & \text{otherwise} \end{cases}, \quad
+        h_t a_t \|u_t\| \le \text{healthy}_t \\
       s_t &= \min(1, a_t h_t)
 
     with :math:`a` the latch, :math:`h` the earned factor, :math:`q \pm e_q` the mean overshoot per
@@ -390,7 +401,9 @@ def _regulate(
     too_short = straight & (s.overshoot + 2 * s.overshoot_error < 0)
     too_long = (s.overshoot - s.overshoot_error) * c.scale**2 > s.bearable
     rate = jnp.where(too_short, law.growth, jnp.where(too_long, 1 / law.growth, 1))
-    earned = jnp.clip(rate * c.earned, law.earned_least, law.earned_most)
+    # No step under stress is longer than is healthy, whatever has been earned.
+    most = jnp.minimum(law.earned_most, room / (law.share * jnp.where(latch > 0, latch, 1)))
+    earned = jnp.clip(rate * c.earned, law.earned_least, most)
     released = jnp.minimum(c.latch * law.release, 1)
     forgotten = jnp.clip(1, c.earned / law.release, c.earned * law.release)
     stressed = regime == Regime.STRESS

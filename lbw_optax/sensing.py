@@ -210,6 +210,7 @@ class Signals(NamedTuple):
       noise: standard deviation of the loss, the yardstick of the overshoot; without the loss, the
         mean slope.
       innovation: loss minus its mean; 0 without the loss.
+      reach: how much longer steps may be because they do not add up as AdamW's do; at least 1.
       bearable: mean overshoot per step that the progress is worth.
       slope: mean of |<g_t, u_t>|.
       spike: gradient norm in units of what counts as a spike.
@@ -220,6 +221,7 @@ class Signals(NamedTuple):
 
     noise: jax.Array  # shape=(), dtype=float32
     innovation: jax.Array  # shape=(), dtype=float32
+    reach: jax.Array  # shape=(), dtype=float32
     bearable: jax.Array  # shape=(), dtype=float32
     slope: jax.Array  # shape=(), dtype=float32
     spike: jax.Array  # shape=(), dtype=float32
@@ -269,10 +271,12 @@ def compare(
     # Standard error of an exponential mean: its weights' squares add up to (1 - b) / (1 + b).
     share = (1 - law.overshoot_decay) / (1 + law.overshoot_decay)
     error = jnp.sqrt(jnp.maximum(square - overshoot**2, 0) * share)
+    reach = _reach(s.persistence, law)
     return Signals(
         noise=noise,
         innovation=innovation,
-        bearable=bearable * _patience(s.persistence, law),
+        reach=reach,
+        bearable=bearable * reach**2,
         slope=slope,
         spike=ratio / (law.spike_ratio * warmup),
         faded=(ratio * law.collapse_ratio * warmup < 1) & (s.gradient_mean > 0),
@@ -281,18 +285,19 @@ def compare(
     )
 
 
-def _patience(persistence: jax.Array, law: Law) -> jax.Array:
-    r"""What overshoots per step may be multiplied with if steps do not add up.
+def _reach(persistence: jax.Array, law: Law) -> jax.Array:
+    r"""How much longer than AdamW's steps may be for the same distance in the long run.
 
-    .. math:: \max\left(1, \frac{1 + \kappa_0}{1 - \kappa_0} \frac{1 - \kappa}{1 + \kappa}\right)
+    .. math:: \sqrt{\frac{T}{1 - k + k T}}, \quad k = \min(1, |\kappa| / \kappa_0), \quad
+      T = \frac{1 + \kappa_0}{1 - \kappa_0}
 
-    with :math:`\kappa` = ``|persistence|`` and :math:`\kappa_0` = ``law.persistence``: noise that
-    persists for :math:`(1 + \kappa) / (1 - \kappa)` steps moves the parameters by the square root
-    of that times the length of a step, and the overshoot grows with the square of the length.
+    with :math:`\kappa` = ``persistence`` and :math:`\kappa_0` = ``law.persistence``. Noise that
+    persists for :math:`T` steps, as AdamW's does, moves the parameters by :math:`\sqrt T` times the
+    length of a step; here the share :math:`k` of a step persists like that, the rest not at all.
     """
-    usual = jnp.float32(law.persistence)
-    found = jnp.minimum(jnp.abs(persistence), usual)
-    return (1 + usual) / (1 + found) * ((1 - found) / (1 - usual))
+    lasting = (1 + law.persistence) / (1 - law.persistence)
+    share = jnp.minimum(jnp.abs(persistence) / law.persistence, 1)
+    return jnp.sqrt(lasting / ((1 - share) + share * lasting))
 
 
 def learn_gradient(statistics: Statistics, gradient_norm: jax.Array, law: Law) -> jax.Array:

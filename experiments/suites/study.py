@@ -51,7 +51,7 @@ SWITCHED_OFF: dict[str, dict[str, float]] = {
     "no jump and no collapse test": {"jump_noise": OFF},
     "no backtrack for overshoot": {"backtrack_noise": OFF},
     "no backtrack at all": {"backtrack_noise": OFF, "jump_noise": OFF},
-    "no growth of the trust radius": {"trust_straight": OFF},
+    "no trust radius": {"trust_way": 1e-9},
     "no earned growth": {"earned_most": 1.0},
     "no earned annealing": {"earned_least": 1.0},
     "no persistence": {"persistence": 1e-6},
