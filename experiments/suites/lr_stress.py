@@ -167,12 +167,12 @@ Curves = Mapping[str, Sequence[tuple[float, Sequence[Record]]]]
 
 def _curve_table(curves: Curves, multiples: Sequence[float], zero_step: float) -> Table:
     rates = [rate for rate, _ in next(iter(curves.values()))]
+    columns = [f"{rate:g} ({m:g}x)" for m, rate in zip(multiples, rates, strict=True)]
     rows = [
-        [f"{multiple:g}x", f"{rate:g}", *(perplexities(points[i][1]) for points in curves.values())]
-        for i, (multiple, rate) in enumerate(zip(multiples, rates, strict=True))
+        [method, *(perplexities(found) for _, found in points)] for method, points in curves.items()
     ]
     title = f"Held-out perplexity (zero-step {number(zero_step)})"
-    return Table(title, ["LR", "learning rate", *curves], rows)
+    return Table(title, ["learning rate", *columns], rows)
 
 
 def _sensitivity_table(curves: Curves, zero_step: float) -> Table:
