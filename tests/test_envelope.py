@@ -1,0 +1,117 @@
+"""How long a healthy step is: what the earned factor may do to it, and how the radius learns."""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import at, exact_jit, feed, find, norm, normal
+
+from lbw_optax import Law, Regime, guard, policy, sensing
+
+LIMITS = policy.Limits(min_scale=1e-5, relative_step_limit=1.0, max_rejections=20)
+PARAMS = {"w": normal(32, 32)}
+STEPS = 60
+RADIUS = 0.5
+run = exact_jit(feed, static_argnums=0)
+
+
+def telemetry(**known):
+    zeros = dict.fromkeys(sensing.Telemetry._fields, jnp.float32(0))
+    return sensing.Telemetry(**zeros | {name: jnp.float32(x) for name, x in known.items()})
+
+
+def envelope_of_step(before, params, update):
+    """The envelope that the step after `before` was judged by."""
+    shown = telemetry(parameter_norm=norm(params), step_norm=norm(update), size=32 * 32)
+    signals = sensing.compare(before.statistics, shown, before.controller.scale, True, Law())
+    observed = before.statistics.observations
+    return policy.envelope(before.controller, shown, observed, signals.reach, True, Law(), LIMITS)
+
+
+@pytest.mark.parametrize("inner", [optax.lion, optax.adam, optax.sgd], ids=lambda f: f.__name__)
+@hypothesis.given(seed=st.integers(0, 2**16), signal=st.floats(0, 3))
+@hypothesis.settings(max_examples=15)
+def test_no_step_under_stress_is_longer_than_is_healthy(inner, seed, signal):
+    rng = np.random.default_rng(seed)
+    grads = signal + rng.standard_normal((STEPS, 32, 32))
+    stream = {
+        "grads": {"w": jnp.asarray(grads, jnp.float32)},
+        "value": jnp.asarray(1 + 0.1 * rng.standard_normal(STEPS), jnp.float32),
+    }
+    params, updates, states = run(guard(inner(0.1)), PARAMS, stream)
+    stressed = 0
+    for i in range(1, STEPS):
+        before, after = (find(at(states, j)) for j in (i - 1, i))
+        if after.regime == Regime.STRESS and after.controller.earned != before.controller.earned:
+            stressed += 1
+            healthy = envelope_of_step(before, at(params, i), at(updates, i)).healthy
+            assert norm(at(updates, i)) <= float(healthy) * (1 + 1e-4)
+    hypothesis.event("earned" if stressed else "nothing earned")
+
+
+def test_the_envelope_is_wider_where_steps_do_not_add_up():
+    start = find(guard(optax.sgd(1.0)).init(PARAMS))
+    shown = telemetry(parameter_norm=10, step_norm=1, size=1024)
+    once, thrice = (
+        policy.envelope(
+            start.controller, shown, jnp.int32(9), jnp.float32(reach), True, Law(), LIMITS
+        )
+        for reach in (1, 3)
+    )
+    np.testing.assert_allclose(thrice.healthy, 3 * once.healthy, rtol=1e-6)
+    assert thrice.hard == once.hard
+
+
+def next_radius(way, bound=True, harm=False):
+    """The trust radius after a step that went `way` of the way to the minimum of its parabola."""
+    controller = find(guard(optax.sgd(1.0)).init(PARAMS)).controller._replace(
+        trust_radius=jnp.float32(RADIUS), last_length=jnp.float32(1), last_slope=jnp.float32(-1)
+    )
+    shown = telemetry(parameter_norm=10, step_norm=1, size=1024, overshoot=way - 1)
+    bounds = policy.envelope(controller, shown, jnp.int32(9), jnp.float32(1), True, Law(), LIMITS)
+    found = policy._next_trust_radius(
+        controller, shown, bounds, jnp.bool_(bound), jnp.bool_(harm), Law()
+    )
+    return float(found) / RADIUS
+
+
+def test_the_trust_radius_follows_the_parabola_within_its_rate():
+    law = Law()
+    assert next_radius(law.trust_way) == pytest.approx(1, rel=1e-5)
+    assert next_radius(law.trust_way / 1.5) == pytest.approx(1.5, rel=1e-5)
+    assert next_radius(1.5 * law.trust_way) == pytest.approx(1 / 1.5, rel=1e-5)
+    assert next_radius(0.0) == next_radius(-1.0) == law.trust_growth
+    assert next_radius(2.0) == pytest.approx(1 / law.trust_growth)
+
+
+def test_the_trust_radius_grows_after_bound_steps_only():
+    assert next_radius(0.0, bound=False) == 1
+    assert next_radius(2.0, bound=False) < 1
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+def test_the_trust_radius_learns_nothing_from_a_broken_observation(broken):
+    assert next_radius(broken) == 1
+
+
+def scalar(x):
+    return jnp.sum((x - 1) ** 2)
+
+
+def test_a_scalar_gets_there_about_as_fast_as_unguarded():
+    def steps(tx):
+        def body(carry, step):
+            x, state, last = carry
+            value, grad = jax.value_and_grad(scalar)(x)
+            update, state = optax.with_extra_args_support(tx).update(grad, state, x, value=value)
+            x = optax.apply_updates(x, update)
+            return (x, state, jnp.where(jnp.abs(x - 1) > 0.06, step + 1, last)), None
+
+        start = jnp.float32(5)
+        return int(jax.lax.scan(body, (start, tx.init(start), 0), jnp.arange(500))[0][2])
+
+    inner = optax.sgd(1e-2, momentum=0.9)
+    assert steps(guard(inner)) <= 1.25 * steps(inner)
