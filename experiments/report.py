@@ -123,8 +123,8 @@ def write_report(
 
 def _print(console: Console, table: Table) -> None:
     shown = rich.table.Table(title=table.title, title_justify="left")
-    for name in table.heading:
-        shown.add_column(name, justify="right")
+    for i, name in enumerate(table.heading):
+        shown.add_column(name, justify="right", no_wrap=i == 0)  # A name cut short is none.
     for row in table.rows:
         shown.add_row(*row)
     console.print(shown)
