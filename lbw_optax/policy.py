@@ -166,8 +166,8 @@ def envelope(
     start = (
         law.relative_step_start * (observations.astype(jnp.float32) + 1) ** -law.relative_step_power
     )
-    relative = jnp.maximum(law.relative_step, start) * reach
-    relative = relative * t.parameter_norm * controller.allowance
+    share = jnp.maximum(law.relative_step, start)
+    relative = share * reach * t.parameter_norm * controller.allowance
     hard = limits.relative_step_limit * jnp.maximum(t.parameter_norm, jnp.sqrt(t.size))
     hard = jnp.clip(hard, number.tiny, number.max)
     healthy = jnp.maximum(relative, _trust_radius(controller, t, law))
@@ -212,8 +212,7 @@ def _next_trust_radius(
     radius = _trust_radius(c, t, law)
     least = _least_radius(t, law)
     descent, lost = -c.last_slope, t.overshoot - c.last_slope
-    trusted = law.trust_way * descent
-    factor = jnp.where(lost > 0, trusted / jnp.where(lost > 0, lost, 1), law.trust_growth)
+    factor = law.trust_way * descent / jnp.maximum(lost, jnp.finfo(jnp.float32).tiny)
     factor = jnp.clip(factor, 1 / law.trust_growth, jnp.where(bound, law.trust_growth, 1))
     factor = jnp.where((descent > 0) & jnp.isfinite(lost), factor, 1)
     learned = jnp.clip(radius * factor, least, jnp.finfo(jnp.float32).max / 4)

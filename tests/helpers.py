@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from lbw_optax import Action, GuardState
-from lbw_optax.sensing import is_inexact
+from lbw_optax.sensing import Telemetry, is_inexact
 
 # XLA contracts `p + a * b` or not, as it happens to fuse: without this equal programs differ.
 exact_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -17,6 +17,12 @@ exact_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimizati
 def normal(*shape, dtype=jnp.float32, seed=0):
     """Returns an array of normal random values, always the same for the same arguments."""
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+
+
+def telemetry(**known) -> Telemetry:
+    """Returns the telemetry of a step of which only `known` is not 0."""
+    unknown = dict.fromkeys(Telemetry._fields, jnp.float32(0))
+    return Telemetry(**unknown | {name: jnp.float32(x) for name, x in known.items()})
 
 
 def find(opt_state) -> GuardState:

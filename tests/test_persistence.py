@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import exact_jit, feed, find, normal
+from helpers import exact_jit, feed, find, normal, telemetry
 
 from lbw_optax import Law, guard, sensing
 
@@ -33,8 +33,7 @@ def bearable(mean_cosine):
         loss_variance=jnp.float32(0.1),
         persistence=jnp.float32(mean_cosine),
     )
-    step = sensing.Telemetry(**dict.fromkeys(sensing.Telemetry._fields, jnp.float32(0)))
-    return float(sensing.compare(run, step, jnp.float32(1), True, Law()).bearable)
+    return float(sensing.compare(run, telemetry(), jnp.float32(1), True, Law()).bearable)
 
 
 @pytest.mark.parametrize("memory", ["step", "sparse"])
