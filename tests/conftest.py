@@ -16,6 +16,7 @@ EXPERIMENTS = (
     "test_corpus",
     "test_data",
     "test_hf",
+    "test_hub",
     "test_llama2c",
     "test_lora",
     "test_lr_stress",

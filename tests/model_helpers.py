@@ -1,4 +1,4 @@
-"""What the tests of the models share: two tiny models."""
+"""What the tests of the models share: two tiny models, and a tokenizer."""
 
 import dataclasses
 import json
@@ -6,6 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+import tokenizers
 from flax import nnx
 from shared_data import shared_data
 
@@ -43,3 +44,13 @@ def decoder(config, param_dtype=jnp.float32):
     noise = nnx.Rngs(1)
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(noise(), x.shape, x.dtype), params)
     return nnx.merge(graphdef, params)
+
+
+def write_tokenizer(folder, vocabulary, **config):
+    """Writes a tokenizer that knows a few words, in the form of the hub."""
+    words = {word: i for i, word in enumerate(vocabulary)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return str(folder)

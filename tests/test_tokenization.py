@@ -1,28 +1,17 @@
 """Tokenizers: the pretrained models' own ids, bytes, and what cannot be loaded."""
 
 import doctest
-import json
 
 import huggingface_hub
 import pytest
-import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from model_helpers import write_tokenizer
 from shared_data import shared_data
 
 from experiments import tokenization
 from experiments.errors import UserError
 from experiments.tokenization import load_tokenizer
-
-
-def write_tokenizer(folder, vocabulary, **config):
-    """Writes a tokenizer that knows a few words, in the form of the hub."""
-    words = {word: i for i, word in enumerate(vocabulary)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return str(folder)
 
 
 @pytest.mark.parametrize(
