@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import statistics
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from experiments.environment import described, made_with
-from experiments.errors import preset_of
+from experiments.errors import checked_seeds, preset_of
 from experiments.presets import BenchPreset
 from experiments.report import Table, write_report
 from experiments.results import Results
@@ -50,6 +51,7 @@ class Bench:
       suite: Name of the suite.
       preset: Name of its size.
       presets: Name -> size.
+      seeds: Seeds instead of the preset's; none for those.
       results: Folder for the results; the suite writes to SUITE/PRESET in it.
       fresh: Whether to start over.
     """
@@ -59,10 +61,12 @@ class Bench:
         suite: str,
         preset: str,
         presets: Mapping[str, Callable[[], BenchPreset]],
+        seeds: tuple[int, ...],
         results: Path,
         fresh: bool,
     ):
-        self.preset = preset_of(presets, preset)()
+        chosen = preset_of(presets, preset)()
+        self.preset = dataclasses.replace(chosen, seeds=checked_seeds(seeds) or chosen.seeds)
         config = described(suite, preset, self.preset)
         self._folder = Results(results / suite / preset, config, fresh=fresh)
         self._console = Console()

@@ -17,3 +17,13 @@ def preset_of(presets: Mapping[str, Value], name: str) -> Value:
     if name not in presets:
         raise UserError(f"--preset {name}: unknown; choose one of {', '.join(presets)}")
     return presets[name]
+
+
+def checked_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    """The seeds themselves, or one clear line."""
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise UserError(f"--seeds {seed}: must be in 0 ... 2**32 - 1")
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds {' '.join(map(str, seeds))}: must differ from each other")
+    return seeds

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from experiments.corpus import Corpus, read_corpus
 from experiments.dataset import Dataset
 from experiments.environment import described, made_with
-from experiments.errors import UserError, preset_of
+from experiments.errors import UserError, checked_seeds, preset_of
 from experiments.finetune import Finetune, Run
 from experiments.jobs import Job
 from experiments.methods import Method
@@ -71,7 +71,7 @@ class Lab(Generic[Config]):
     def __init__(self, suite: str, options: Options, presets: Mapping[str, Config]):
         self.config = preset_of(presets, options.preset)
         self.options = options
-        self.seeds = _checked(options.seeds or (0,))
+        self.seeds = checked_seeds(options.seeds or (0,))
         self._mesh = _mesh(options.mesh)
         # The last one only: models are large.
         self.finetune: Callable[[Job], Finetune] = functools.lru_cache(maxsize=1)(self._make)
@@ -176,15 +176,6 @@ def _mesh(shape: tuple[int, int, int]) -> Mesh | None:
     if min(shape) < 1 or count > len(found):
         raise UserError(f"--mesh {shape}: must be positive, with a product of 1 ... {len(found)}")
     return make_mesh(*shape, devices=found[:count]) if count > 1 else None
-
-
-def _checked(seeds: tuple[int, ...]) -> tuple[int, ...]:
-    for seed in seeds:
-        if not 0 <= seed < 2**32:
-            raise UserError(f"--seeds {seed}: must be in 0 ... 2**32 - 1")
-    if len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds {' '.join(map(str, seeds))}: must differ from each other")
-    return seeds
 
 
 def _describe(corpus: Corpus) -> dict[str, str]:

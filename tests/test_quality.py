@@ -1,6 +1,7 @@
 """The suites quality and study at a size of seconds; the peers and the faults against numpy."""
 
 import csv
+import dataclasses
 import json
 import math
 
@@ -266,3 +267,10 @@ class TestFaults:
         assert 0.17 < np.mean(seen != 7) < 0.22
         same = faults.spoil_batch(fault, jax.random.key(0), jnp.int32(10), tokens, 256)
         np.testing.assert_array_equal(same, 7)
+
+
+def test_seeds_can_be_chosen(tmp_path, capsys):
+    chosen = bench.Bench("quality", "tiny", {"tiny": lambda: TINY}, (5,), tmp_path, False)
+    assert dataclasses.replace(TINY, seeds=(5,)) == chosen.preset
+    assert main(["quality", "--results", str(tmp_path), "--seeds", "1", "1"]) == 2
+    assert "--seeds 1 1: must differ from each other" in capsys.readouterr().err

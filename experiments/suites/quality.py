@@ -32,6 +32,7 @@ SECTIONS: dict[str, Callable[[Bench], Findings]] = {
 def quality(
     preset: str = "nano",
     sections: tuple[str, ...] = tuple(SECTIONS),
+    seeds: tuple[int, ...] = (),
     results: Path = Path("results"),
     fresh: bool = False,
 ) -> None:
@@ -42,13 +43,14 @@ def quality(
     Args:
       preset: Size of the job: nano or pico, both for two CPU cores.
       sections: What to measure: any of stress, idle, problems, faults, optimizers.
+      seeds: Seeds of the runs; by default the preset's.
       results: Folder for the results; the job writes to quality/PRESET in it.
       fresh: Start over, dropping the results of an earlier job in that folder.
     """
     for name in sections:
         if name not in SECTIONS:
             raise UserError(f"--sections {name}: unknown; choose from {', '.join(SECTIONS)}")
-    bench = Bench("quality", preset, QUALITY_PRESETS, results, fresh)
+    bench = Bench("quality", preset, QUALITY_PRESETS, seeds, results, fresh)
     found = [SECTIONS[name](bench) for name in sections]
     pictures = {}
     if "stress" in sections:

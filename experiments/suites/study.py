@@ -95,6 +95,7 @@ SETTINGS = {
 def study(
     preset: str = "nano",
     tasks: tuple[str, ...] = TASKS,
+    seeds: tuple[int, ...] = (),
     results: Path = Path("results"),
     fresh: bool = False,
 ) -> None:
@@ -105,6 +106,7 @@ def study(
     Args:
       preset: Size of the job: nano or pico, both for two CPU cores.
       tasks: What to measure on: any of lora, scratch, full.
+      seeds: Seeds of the runs; by default the preset's.
       results: Folder for the results; the job writes to study/PRESET in it.
       fresh: Start over, dropping the results of an earlier job in that folder.
     """
@@ -112,7 +114,7 @@ def study(
         if name not in TASKS:
             raise UserError(f"--tasks {name}: unknown; choose from {', '.join(TASKS)}")
     laws = law_variants()
-    bench = Bench("study", preset, STUDY_PRESETS, results, fresh)
+    bench = Bench("study", preset, STUDY_PRESETS, seeds, results, fresh)
     found = [_of_task(bench, task, laws) for task in tasks]
     question = "What does each sensor and each action do, and how much does each constant matter?"
     bench.publish(f"Ablations and sensitivities, {preset}", question, found, {})
