@@ -13,6 +13,7 @@ from experiments.suites.memory import memory
 from experiments.suites.overhead import overhead
 from experiments.suites.quality import quality
 from experiments.suites.study import study
+from experiments.suites.throughput import throughput
 
 SUITES = {
     **PAPER_SUITES,
@@ -21,6 +22,7 @@ SUITES = {
     "overhead": overhead,
     "quality": quality,
     "study": study,
+    "throughput": throughput,
 }
 """Name on the command line -> the suite; its arguments and their help come from its signature."""
 

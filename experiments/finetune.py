@@ -21,11 +21,13 @@ from experiments.faults import Fault
 from experiments.jobs import Job
 from experiments.lora import add_lora
 from experiments.methods import REGIMES, Method, evaluated, guard_record
+from experiments.models.config import DecoderConfig
 from experiments.models.decoder import Decoder
 from experiments.models.hf import load_pretrained
 from experiments.models.llama2c import load_llama2c
 from experiments.models.loss import next_token_sums
 from experiments.models.sharding import shard
+from experiments.models.zoo import ZOO
 from experiments.pretrain import pretrained
 from experiments.results import Results
 from experiments.train import Metrics, Trainer, next_token_loss
@@ -96,6 +98,16 @@ def start(model: nnx.Module, job: Job, seed: int) -> Start:
     graphdef, params, frozen = nnx.split(model, kind, ...)
     params = jax.tree.map(lambda x: x.astype(job.param_dtype), params)
     return Start(graphdef, params, frozen)
+
+
+def shape(job: Job) -> DecoderConfig:
+    """The shape of a job's model, without its weights; the base is made here or one of `ZOO`."""
+    return job.base.config or ZOO[job.base.name]
+
+
+def random_start(job: Job) -> Start:
+    """What a run would start from, with random weights, for work that needs no trained ones."""
+    return start(Decoder(shape(job), **decoder_settings(job), rngs=nnx.Rngs(0)), job, 0)
 
 
 def trained_kind(job: Job) -> type[nnx.Variable]:

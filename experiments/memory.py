@@ -15,13 +15,12 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.batches import Batch
-from experiments.finetune import Start, decoder_settings, start, trained_kind
+from experiments.finetune import random_start, shape, trained_kind
 from experiments.jobs import Job
 from experiments.methods import Method
 from experiments.models.decoder import REMAT_POLICIES, Decoder, rope_angles
 from experiments.models.loss import CHUNK
 from experiments.models.sharding import AXES, shardings
-from experiments.models.zoo import ZOO
 from experiments.train import Trainer, TrainState, next_token_loss
 
 
@@ -107,12 +106,12 @@ def abstract_run(job: Job, method: Method, mesh: Mesh | AbstractMesh) -> Abstrac
     Returns:
       The shapes.
     """
-    graphdef, params, frozen = jax.eval_shape(functools.partial(_start, job))
+    graphdef, params, frozen = jax.eval_shape(functools.partial(random_start, job))
     trainer = Trainer(
         graphdef,
         method,
         chunk_steps=job.chunk_steps,
-        vocabulary=_config(job).vocab_size,
+        vocabulary=shape(job).vocab_size,
     )
     state = jax.eval_shape(functools.partial(trainer.init, learning_rate=0.0), params)
     tokens = jax.ShapeDtypeStruct(
@@ -194,14 +193,6 @@ def residual_bytes(function: Callable[..., Any], *args: Any) -> int:
     arguments = {id(var) for var in (*jaxpr.invars, *jaxpr.constvars)}
     made = {id(var): var.aval for var in jaxpr.outvars if id(var) not in arguments}
     return sum(aval.size * aval.dtype.itemsize for aval in made.values())
-
-
-def _config(job: Job):
-    return job.base.config or ZOO[job.base.name]
-
-
-def _start(job: Job) -> Start:
-    return start(Decoder(_config(job), **decoder_settings(job), rngs=nnx.Rngs(0)), job, 0)
 
 
 def _placed(tree: Any, mesh: Mesh | AbstractMesh) -> Any:

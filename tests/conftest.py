@@ -29,6 +29,7 @@ EXPERIMENTS = (
     "test_quality",
     "test_sharding",
     "test_suites",
+    "test_throughput",
     "test_token_cache",
     "test_tokenization",
 )
