@@ -111,7 +111,7 @@ def wikitext103() -> Corpus:
     name = "WikiText-103"
     try:
         splits = datasets.load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1")
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: offline, with another part in the cache.
         raise UserError(
             f"{name} cannot be downloaded ({error}): "
             "connect to the hub once, or give a text of your own with --data"

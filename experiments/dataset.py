@@ -81,5 +81,8 @@ def _tokenizer(job: Job, models: Path | None) -> Tokenizer:
     if job.base.recipe is not None:
         return ByteTokenizer()
     if job.base.llama2c is not None:
-        return Llama2cTokenizer(Path(checkpoint(job, models), job.base.llama2c[1]))
+        folder = Path(checkpoint(job, models))
+        if not folder.is_dir():
+            raise UserError(f"--models {models}: must be a folder with {job.base.name} in it")
+        return Llama2cTokenizer(folder / job.base.llama2c[1])
     return load_tokenizer(checkpoint(job, models))

@@ -11,9 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-MAX_HITS = 16
-"""Most random steps that one fault can hit."""
-
 
 class Fault(NamedTuple):
     """What goes wrong. The defaults are a healthy run.
@@ -21,7 +18,8 @@ class Fault(NamedTuple):
     Attributes:
       start: First step that may be hit.
       stop: The step after the last one.
-      hits: How many random steps between them are hit; 0 means all of them.
+      hits: How many random steps between them are hit, one in each of so many equal parts; 0 means
+        all of them.
       gradient: What the gradients of a hit step are multiplied with.
       entry: What is added to one entry of the gradients of a hit step.
       loss: What is added to the loss of a hit step, as the optimizer sees it.
@@ -60,8 +58,8 @@ def drills(steps: int) -> dict[str, Fault]:
         "gradient x1e2, 3 steps": Fault(**few, gradient=1e2),
         "gradient x1e6, 3 steps": Fault(**few, gradient=1e6),
         "one entry 1e25, 1 step": Fault(after, steps, 1, entry=1e25),
-        "learning rate x30, 50 steps": Fault(middle, middle + steps // 6, rate=30.0),
-        "20 % random tokens, 30 steps": Fault(middle, middle + steps // 10, tokens=0.2),
+        "learning rate x30, 50 steps": Fault(middle, middle + 50, rate=30.0),
+        "20 % random tokens, 30 steps": Fault(middle, middle + 30, tokens=0.2),
     }
 
 
@@ -76,12 +74,11 @@ def is_hit(fault: Fault, key: jax.Array, step: jax.Array) -> jax.Array:
     Returns:
       A bool of shape ().
     """
+    width = jnp.maximum((fault.stop - fault.start) // jnp.maximum(fault.hits, 1), 1)
+    part, place = jnp.divmod(step - fault.start, width)
+    drawn = jax.random.randint(jax.random.fold_in(key, part), (), 0, width)
     inside = (step >= fault.start) & (step < fault.stop)
-    drawn = jax.random.randint(
-        key, (MAX_HITS,), fault.start, jnp.maximum(fault.stop, fault.start + 1)
-    )
-    random = jnp.any((drawn == step) & (jnp.arange(MAX_HITS) < fault.hits))
-    return inside & ((fault.hits == 0) | random)
+    return inside & ((fault.hits == 0) | ((part < fault.hits) & (place == drawn)))
 
 
 def spoil_batch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,16 +22,16 @@ from experiments.faults import Fault
 from experiments.jobs import Job
 from experiments.lora import add_lora
 from experiments.methods import REGIMES, Method, evaluated, guard_record
+from experiments.models import loss as losses
 from experiments.models.config import DecoderConfig
 from experiments.models.decoder import Decoder
 from experiments.models.hf import load_pretrained
 from experiments.models.llama2c import load_llama2c
-from experiments.models.loss import next_token_sums
 from experiments.models.sharding import shard
 from experiments.models.zoo import ZOO
 from experiments.pretrain import pretrained
 from experiments.results import Results
-from experiments.train import Metrics, Trainer, next_token_loss
+from experiments.train import Metrics, Trainer
 
 
 class Run(NamedTuple):
@@ -94,7 +95,9 @@ def start(model: nnx.Module, job: Job, seed: int) -> Start:
     kind, lora = trained_kind(job), job.lora
     if lora is not None:
         rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(seed), 0))
-        model = add_lora(model, lora.rank, lora.alpha, targets=lora.targets, rngs=rngs)
+        model = add_lora(
+            model, lora.rank, lora.alpha, dropout=lora.dropout, targets=lora.targets, rngs=rngs
+        )
     graphdef, params, frozen = nnx.split(model, kind, ...)
     params = jax.tree.map(lambda x: x.astype(job.param_dtype), params)
     return Start(graphdef, params, frozen)
@@ -136,12 +139,15 @@ class Finetune:
 
         def loss(params, inputs):
             frozen, batch = inputs
-            return next_token_loss(graphdef, params, frozen, batch.tokens, batch.segments)
+            model = nnx.merge(graphdef, params, frozen)
+            model.eval()
+            return losses.next_token_loss(model, batch.tokens, batch.segments)
 
         @jax.jit
         def score(params, frozen, tokens_bt, weights_bt):
             model = nnx.merge(graphdef, params, frozen)
-            return next_token_sums(model, tokens_bt, counted_bt=weights_bt > 0)
+            model.eval()
+            return losses.next_token_sums(model, tokens_bt, counted_bt=weights_bt > 0)
 
         self.loss: Callable[[Any, tuple[Any, Batch]], jax.Array] = loss
         """The loss of (params, (frozen, batch)), in nats."""
@@ -203,12 +209,14 @@ class Finetune:
           progress: Counts the steps.
           eval_steps: Steps between measurements of the held-out loss; the last is always measured.
         """
+        began = time.perf_counter()
         job, trainer, start = self.job, self._trainer(method), self.start(run.seed)
         checkpoints = Checkpoints(folder.checkpoint_folder(run.name))
         fault = run.fault and (run.fault, jax.random.fold_in(jax.random.key(run.seed), 1))
         state = checkpoints.restore_or(trainer.init(start.params, run.learning_rate, fault))
         folder.start(run.name, int(state.step))
         progress.update(int(state.step))
+        whole = int(state.step) == 0  # Nobody timed the earlier part of a resumed run.
         evaluations = {row["step"]: row for row in folder.evaluations(run.name)}
         total = sum(row["seconds"] for row in folder.metrics(run.name))
 
@@ -244,6 +252,7 @@ class Finetune:
             "seed": run.seed,
             "heldout_loss": evaluations[job.steps]["heldout_loss"],
             "seconds": evaluations[job.steps]["seconds"],
+            "end_to_end_seconds": time.perf_counter() - began if whole else None,
             "steps": job.steps,
         }
         folder.finish(run.name, record | guard, events)

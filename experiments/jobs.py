@@ -55,6 +55,9 @@ class LoraConfig:
     """Scale of the corrections, in units of the rank: twice the rank, a common choice."""
     targets: tuple[str, ...] = TARGETS
     """Names of the linear layers that get one."""
+    dropout: float = 0.0
+    """Probability that an entry of a correction's input is dropped while training; the default is
+    PEFT's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +177,8 @@ STORIES = dataclasses.replace(
     NANO_SHORT,
     base=Base("stories260K", llama2c=("stories260K.bin", "tok512.bin")),
     corpus="wikitext-103",
+    heldout_tokens=None,
+    stride=64,
 )
 """A LoRA fine-tune of a Llama of 260,000 parameters that was pretrained on TinyStories: a really
 trained model, small enough for two CPU cores. Its folder has to be at hand, see `--models`."""

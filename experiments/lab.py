@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -73,8 +72,7 @@ class Lab(Generic[Config]):
         self.options = options
         self.seeds = checked_seeds(options.seeds or (0,))
         self._mesh = _mesh(options.mesh)
-        # The last one only: models are large.
-        self.finetune: Callable[[Job], Finetune] = functools.lru_cache(maxsize=1)(self._make)
+        self._finetune: Finetune | None = None
         self._corpus = None if options.data is None else read_corpus(options.data)
         chosen = {
             "data": self._corpus and _describe(self._corpus),
@@ -84,6 +82,14 @@ class Lab(Generic[Config]):
         path = options.results / suite.replace("-", "_") / options.preset
         config = described(suite, options.preset, self.config) | chosen
         self.folder = Results(path, config, fresh=options.fresh)
+
+    def finetune(self, job: Job) -> Finetune:
+        """A job made ready; the last one only, since models are large."""
+        if self._finetune is None or self._finetune.job != job:
+            self._finetune = None  # Before the next one is made: there is no room for two.
+            dataset = Dataset(job, self._corpus, self.options.models)
+            self._finetune = Finetune(job, dataset, self.options.models, self._mesh)
+        return self._finetune
 
     def zero_step(self, job: Job) -> float:
         """Held-out perplexity of a job's model before the first step."""
@@ -165,10 +171,6 @@ class Lab(Generic[Config]):
     def on_mesh(self) -> contextlib.AbstractContextManager:
         """Where a `Finetune` has to be made and used."""
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
-
-    def _make(self, job: Job) -> Finetune:
-        dataset = Dataset(job, self._corpus, self.options.models)
-        return Finetune(job, dataset, self.options.models, self._mesh)
 
 
 def _mesh(shape: tuple[int, int, int]) -> Mesh | None:

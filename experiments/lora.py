@@ -81,8 +81,8 @@ def add_lora(
     """Wraps every layer of the given names, in place.
 
     Dropout draws new masks at each call of the model in `model.train()`, the state it starts in,
-    and none in `model.eval()`. In a compiled training step, which forgets the state of the random
-    streams, call `reseed_dropout` with the step's key first.
+    and none in `model.eval()`. A compiled training step forgets the state of the random streams:
+    see `with_masks_of_step`.
 
     Args:
       model: A model whose linear layers are named as in `TARGETS`.
@@ -120,15 +120,25 @@ def merge_lora(model: nnx.Module) -> nnx.Module:
     return model
 
 
-def reseed_dropout(model: nnx.Module, key: jax.Array) -> None:
-    """Makes the next masks of dropout a function of a key, in place.
+def with_masks_of_step(state: nnx.State, step: jax.Array) -> nnx.State:
+    """Makes the masks of dropout a function of the step, and of the state's own random keys.
+
+    An interrupted run then goes on with the masks that it would have had.
 
     Args:
-      model: A model that went through `add_lora`.
-      key: The key, for instance one folded with the step: an interrupted run then goes on with
-        the masks that it would have had.
+      state: State of a model that went through `add_lora`, or a part of it.
+      step: The step, an integer of shape ().
+
+    Returns:
+      The state with other keys, where it has any.
     """
-    nnx.reseed(model, policy="match_shape", dropout=key)
+
+    def folded(keys):
+        each = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys.reshape(-1))
+        return each.reshape(keys.shape)
+
+    keys, others = nnx.split_state(state, nnx.RngKey, ...)
+    return nnx.merge_state(others, jax.tree.map(folded, keys))
 
 
 def find_layers(

@@ -74,6 +74,11 @@ def reduce_on_plateau(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTr
     return optax.chain(adamw(learning_rate), plateau)
 
 
+def stable_adamw(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """StableAdamW, with the tensors of each layer on their own."""
+    return peers.per_layer(peers.stable_adamw(learning_rate))
+
+
 RATE_FREE = {"Prodigy": contrib.prodigy, "D-Adapt AdamW": contrib.dadapt_adamw}
 """Methods that set their own learning rate: theirs is a multiplier, and their authors advise 1."""
 
@@ -87,7 +92,7 @@ PEERS: dict[str, Method] = {
     "AdamW + clip": adamw_clip,
     "ZClip": lambda learning_rate: optax.chain(peers.zclip(), adamw(learning_rate)),
     "skip-step": skip,
-    "StableAdamW": peers.stable_adamw,
+    "StableAdamW": stable_adamw,
     "reduce on plateau": reduce_on_plateau,
     "mechanize": lambda learning_rate: contrib.mechanize(adamw(learning_rate)),
     **{name: _at_one(make) for name, make in RATE_FREE.items()},

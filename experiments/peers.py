@@ -199,3 +199,29 @@ def stable_adamw(
         return steps, StableAdamWState(count, mu, nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Gives a transformation the arrays of each layer on their own.
+
+    The decoder keeps its layers' arrays stacked; a rule for each tensor, or for each unit of a
+    matrix, means those of one layer.
+
+    Args:
+      inner: The transformation.
+
+    Returns:
+      The same for trees whose arrays below `layers` have a first axis of layers.
+    """
+
+    def unstacked(tree):
+        leaves = jax.tree.leaves_with_path(tree)
+        return [tuple(x) if "layers" in jax.tree_util.keystr(path) else x for path, x in leaves]
+
+    def update_fn(updates, state, params=None):
+        apart = None if params is None else unstacked(params)
+        steps, state = inner.update(unstacked(updates), state, apart)
+        steps = [jnp.stack(x) if isinstance(x, tuple) else x for x in steps]
+        return jax.tree.unflatten(jax.tree.structure(updates), steps), state
+
+    return optax.GradientTransformation(lambda params: inner.init(unstacked(params)), update_fn)

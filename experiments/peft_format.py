@@ -98,7 +98,7 @@ def load_adapters(model: Decoder, folder: str | Path, *, mesh: Mesh | None = Non
         config["lora_alpha"],
         dropout=config.get("lora_dropout", 0.0),
         targets=targets,
-        # Only dropout keeps something of these, and `reseed_dropout` replaces it.
+        # Only dropout keeps something of these: where its masks start from.
         rngs=nnx.Rngs(0),
     )
     adapters = nnx.state(model, nnx.LoRAParam)

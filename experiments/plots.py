@@ -22,6 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 _COLORS = ("#b2182b", "#ef8a62", "#2166ac", "#4d9221", "#762a83", "#7f7f7f")
 """Of the methods in order; from ColorBrewer, distinct for colour-blind readers."""
+_OTHERS = (*_COLORS[:2], *_COLORS[3:])
 _MARKERS = ("o", "s", "D", "^", "v", "P")
 _REGIME_COLORS = ("#e8f3e8", "#fde9c9", "#f7c6c1", "#dbe7f6")
 
@@ -34,6 +35,14 @@ _STYLE = {
     "legend.frameon": False,
     "savefig.dpi": 150,
 }
+
+
+def _style(i: int, count: int) -> dict[str, Any]:
+    """How the line of method `i` looks; the last one is ours: blue, thick, on top."""
+    if i == count - 1:
+        return {"color": _COLORS[2], "marker": _MARKERS[2], "linewidth": 2.5}
+    color = _OTHERS[i] if count <= len(_COLORS) else plt.get_cmap("tab20")(i % 20)
+    return {"color": color, "marker": _MARKERS[i % len(_MARKERS)], "linewidth": 1.2}
 
 
 def lr_curves(
@@ -55,12 +64,13 @@ def lr_curves(
     lines = []
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-        for (method, points), color, marker in zip(curves.items(), _COLORS, _MARKERS, strict=False):
+        for i, (method, points) in enumerate(curves.items()):
+            style = _style(i, len(curves))
             rates = np.array([rate for rate, _ in points])
             shown = np.array([min(p, top) if math.isfinite(p) else top for _, p in points])
-            lines += axes.plot(rates, shown, color=color, marker=marker, markersize=5, label=method)
+            lines += axes.plot(rates, shown, markersize=5, label=method, **style)
             for rate in rates[shown >= top]:
-                axes.plot(rate, top, "^", color=color, markersize=10)
+                axes.plot(rate, top, "^", color=style["color"], markersize=10)
         for name, level, offset in (
             ("zero-step", zero_step, 3),
             ("best AdamW", min(best, top), -11),
@@ -111,15 +121,12 @@ def loss_panels(
             top = 2 * float(np.median([loss for points in curves.values() for _, loss in points]))
             top = top if math.isfinite(top) else 1.0
             for i, (method, points) in enumerate(curves.items()):
-                last = i == len(curves) - 1  # Ours: thick, on top.
                 axes.plot(
                     [rate for rate, _ in points],
                     [min(loss, top) for _, loss in points],
-                    color=_COLORS[2] if last else plt.get_cmap("tab20")(2 * i),
-                    linewidth=2.5 if last else 1.2,
-                    marker=_MARKERS[i % len(_MARKERS)],
                     markersize=4,
                     label=method,
+                    **_style(i, len(curves)),
                 )
             axes.set(xscale="log", title=task, xlabel=rates)
         row[0][0].set_ylabel("held-out loss (nats)")

@@ -32,12 +32,12 @@ class Table(NamedTuple):
 
 
 def number(value: Any) -> str:
-    """A number for a reader: two to four significant digits, `diverged` where it is none."""
+    """A number for a reader: two digits or more, `diverged` where it is none."""
     if isinstance(value, str | int):
         return str(value)
     if not math.isfinite(value):
         return "diverged"
-    if value >= 1000:
+    if value >= 1e6:
         return f"{value:.3g}"
     return f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
 
@@ -50,12 +50,15 @@ def with_spread(values: Sequence[float], form: Callable[[float], str] = "{:.3f}"
       form: How a number is written.
 
     Returns:
-      Both, or the value of the only seed, or `diverged` where one is not finite.
+      Both, or the value of the only one; of the finite values, with the number of the others.
     """
-    if not all(map(math.isfinite, values)):
+    finite = list(filter(math.isfinite, values))
+    if not finite:
         return "diverged"
-    middle = form(statistics.fmean(values))
-    return middle if len(values) < 2 else f"{middle} ± {form(statistics.stdev(values))}"
+    middle = form(statistics.fmean(finite))
+    found = middle if len(finite) < 2 else f"{middle} ± {form(statistics.stdev(finite))}"
+    lost = len(values) - len(finite)
+    return f"{found} ({lost} of {len(values)} diverged)" if lost else found
 
 
 def guard_table(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:

@@ -70,7 +70,7 @@ class Results:
         """Records a finished run and drops its checkpoint."""
         self._append(_EVENTS, ({"run": run, **event} for event in events))
         self.runs[run] = _finite(record)
-        self.write(_RUNS, json.dumps(self.runs, indent=2))
+        self.write(_RUNS, json.dumps(self.runs, indent=2, allow_nan=False))
         shutil.rmtree(self.checkpoint_folder(run), ignore_errors=True)
 
     def finish_cell(self, cell: str, rows: Iterable[dict[str, Any]]) -> None:
@@ -158,8 +158,10 @@ def _json_line(row: dict[str, Any]) -> str:
     return json.dumps(_finite(row), allow_nan=False) + "\n"
 
 
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in row.items()
-    }
+def _finite(value: Any) -> Any:
+    """The value with None in the place of every number that is not finite, at any depth."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

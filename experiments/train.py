@@ -17,9 +17,10 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.batches import Batch, Batches
 from experiments.faults import Fault, rate_factor, spoil_batch, spoil_gradients
+from experiments.lora import with_masks_of_step
 from experiments.methods import guard_telemetry
 from experiments.models import loss as losses
-from experiments.models.sharding import BATCH, shardings
+from experiments.models.sharding import BATCH, even_spec, shardings
 
 
 class TrainState(NamedTuple):
@@ -127,8 +128,9 @@ class Trainer:
                 tokens = batch.tokens
                 if fault is not None:
                     tokens = spoil_batch(*fault, state.step, tokens, vocabulary)
+                others = with_masks_of_step(frozen, state.step)
                 loss, grads = jax.value_and_grad(loss_fn)(
-                    state.params, frozen, tokens, batch.segments
+                    state.params, others, tokens, batch.segments
                 )
                 if fault is not None:
                     loss, grads = spoil_gradients(*fault, state.step, loss, grads)
@@ -208,7 +210,8 @@ class Trainer:
         for step in range(int(state.step), steps, self.chunk_steps):
             chunk = batches.chunk(step, self.chunk_steps)
             if self._mesh is not None:
-                chunk = jax.device_put(chunk, NamedSharding(self._mesh, P(None, *BATCH)))
+                spec = even_spec(P(None, *BATCH), chunk.tokens.shape, self._mesh)
+                chunk = jax.device_put(chunk, NamedSharding(self._mesh, spec))
             arguments = (state, frozen, chunk, rate, fault)
             run = self._program(arguments)
             if started is None:

@@ -5,12 +5,14 @@ import dataclasses
 import json
 import math
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
+from hypothesis import strategies as st
 
 from experiments import bench, faults, peers, presets, tasks
 from experiments.__main__ import main
@@ -210,6 +212,24 @@ def test_stable_adamw_is_its_formula(spiky):
     np.testing.assert_allclose(feed(peers.stable_adamw(0.1), grads), expected, rtol=1e-3)
 
 
+def test_per_layer_is_what_each_layer_alone_gets():
+    rng = np.random.default_rng(0)
+    layers = [
+        {"w": rng.standard_normal((3, 2)) * scale, "b": rng.standard_normal(2)} for scale in (1, 9)
+    ]
+    layers = jax.tree.map(jnp.float32, layers)
+    stacked = {"layers": jax.tree.map(lambda *x: jnp.stack(x), *layers), "head": jnp.ones((2, 2))}
+    for inner in (peers.stable_adamw(0.1), optax.adaptive_grad_clip(0.01)):
+        tx = peers.per_layer(inner)
+        grads = jax.tree.map(lambda p: 2 * p + 1, stacked)
+        found, _ = tx.update(grads, tx.init(stacked), stacked)
+        for i, params in enumerate(layers):
+            alone = {key: grads["layers"][key][i] for key in params}
+            expected, _ = inner.update(alone, inner.init(params), params)
+            for key, value in expected.items():
+                np.testing.assert_allclose(found["layers"][key][i], value, rtol=1e-6)
+
+
 class TestFaults:
     STEPS = 100
 
@@ -228,11 +248,17 @@ class TestFaults:
     def test_hits_where_and_as_often_as_it_says(self):
         drill = faults.drills(self.STEPS)
         assert self.hits(drill["none"]).size == 0
-        assert 1 <= self.hits(drill["gradient x1e6, 3 steps"]).size <= 3
+        assert self.hits(drill["gradient x1e6, 3 steps"]).size == 3
         assert self.hits(drill["gradient x1e6, 3 steps"]).min() >= 10
-        np.testing.assert_array_equal(
-            self.hits(drill["learning rate x30, 50 steps"]), np.arange(50, 66)
-        )
+        lasting = {"learning rate x30, 50 steps": 50, "20 % random tokens, 30 steps": 30}
+        for name, steps in lasting.items():
+            np.testing.assert_array_equal(self.hits(drill[name]), 50 + np.arange(steps))
+
+    @hypothesis.given(st.integers(0, 20), st.integers(1, 80), st.integers(1, 80))
+    def test_random_hits_are_as_many_as_it_says(self, start, length, hits):
+        found = self.hits(faults.Fault(start, start + length, min(hits, length)))
+        assert found.size == min(hits, length)
+        assert start <= found.min() <= found.max() < start + length
 
     def test_gradients_and_loss(self):
         drill = faults.drills(self.STEPS)

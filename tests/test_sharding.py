@@ -16,7 +16,14 @@ import lbw_optax
 from experiments.lora import add_lora
 from experiments.models.config import DecoderConfig
 from experiments.models.decoder import Decoder
-from experiments.models.sharding import BATCH, make_mesh, partition_spec, shard, shardings
+from experiments.models.sharding import (
+    BATCH,
+    even_spec,
+    make_mesh,
+    partition_spec,
+    shard,
+    shardings,
+)
 from experiments.train import next_token_loss
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
@@ -74,6 +81,14 @@ def test_specs():
     assert partition_spec((*layer, "base", "kernel"), 3) == P(None, "fsdp", "tensor")
     assert partition_spec(("inner_state", "0", "mu", *layer, "kernel"), 3)[1] == "fsdp"
     assert partition_spec(("v_row", *layer, "kernel"), 2) == P()
+
+
+def test_what_does_not_divide_is_not_split():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    spec = P(None, *BATCH, "tensor")
+    assert even_spec(spec, (3, 8, 2), mesh) == spec
+    assert even_spec(spec, (3, 1, 2), mesh) == P(None, None, "tensor")
+    assert even_spec(spec, (3, 6, 1), mesh) == P(None, None, None)
 
 
 def test_mesh_of_another_size_is_refused():

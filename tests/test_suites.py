@@ -200,6 +200,23 @@ def test_eight_devices_end_as_one(results, cache, tmp_path, monkeypatch):
         assert ours[field] == theirs[field]
 
 
+def test_one_sequence_and_dropout_on_two_devices(cache, tmp_path, monkeypatch):
+    """A batch that cannot be split is on every device; masks are a function of the step."""
+    lora = dataclasses.replace(TINY_JOB.lora, dropout=0.5)
+    job = dataclasses.replace(TINY_JOB, batch_size=1, lora=lora)
+    monkeypatch.setenv("LBW_OPTAX_CACHE", str(cache))
+    monkeypatch.setitem(lr_stress.PRESETS, "tiny", lr_stress.LrStressConfig(job, (1,)))
+    losses = []
+    for name, *mesh in (("one", "1", "1"), ("two", "2", "1"), ("again", "2", "1")):
+        options = ["--preset", "tiny", "--results", str(tmp_path / name), "--mesh", "1", *mesh]
+        assert main(["lr-stress", "--methods", "AdamW", *options]) == 0
+        losses.append(
+            float(_rows(tmp_path / name, "lr_stress")["AdamW at 1x, seed 0"]["heldout_loss"])
+        )
+    one, two, again = losses
+    assert two == again == pytest.approx(one, abs=1e-4)
+
+
 def test_a_mesh_without_devices_is_one_line(tmp_path, capsys):
     assert main(["lr-stress", "--results", str(tmp_path), "--mesh", "3", "3", "1"]) == 2
     assert "--mesh (3, 3, 1): must be positive, with a product of" in capsys.readouterr().err
@@ -223,7 +240,7 @@ def test_presets_come_in_whole_chunks(module):
 
 def test_every_scenario_names_a_fault_that_there_is():
     for scenario in failures.PRESETS["nano"].scenarios().values():
-        assert scenario.fault in faults.drills(100)
+        assert scenario.fault in faults.drills(200)
 
 
 def test_a_job_of_broken_chunks_is_refused():

@@ -11,12 +11,13 @@ it that activations stay split like the batch; without a mesh nothing here chang
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
@@ -83,7 +84,7 @@ def partition_spec(path: Sequence[str], ndim: int) -> P:
     return P(*spec) if len(spec) == ndim else P()
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     """The sharding of each array of a model's state or of a training state.
 
     Args:
@@ -99,11 +100,29 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         names = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
         spec = partition_spec(names.split("/"), len(leaf.shape))
         # An optimizer may keep a sample of a parameter, too short for as many parts.
-        parts = (mesh.shape.get(axis, 1) for axis in spec)
-        even = all(n % k == 0 for n, k in zip(leaf.shape, parts, strict=False))
-        return NamedSharding(mesh, spec if even else P())
+        return NamedSharding(mesh, even_spec(spec, leaf.shape, mesh))
 
     return jax.tree.map_with_path(sharding, tree)
+
+
+def even_spec(spec: P, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
+    """The spec without the splits that would leave uneven parts, as of a batch of one sequence.
+
+    Args:
+      spec: Where an array would live.
+      shape: Its shape.
+      mesh: The mesh.
+
+    Returns:
+      The spec where the array can live.
+    """
+
+    def parts(entry):
+        axes = entry if isinstance(entry, tuple) else (entry,)
+        return math.prod(mesh.shape.get(axis, 1) for axis in axes)
+
+    split = zip(spec, shape, strict=False)
+    return P(*(entry if size % parts(entry) == 0 else None for entry, size in split))
 
 
 def shard(tree: Any, mesh: Mesh) -> Any:
@@ -116,5 +135,7 @@ def constrain(x: jax.Array, spec: P) -> jax.Array:
 
     Left alone, the compiler may rather move the activations to the parts of the parameters.
     """
-    under_mesh = "fsdp" in jax.sharding.get_abstract_mesh().axis_names
-    return jax.lax.with_sharding_constraint(x, spec) if under_mesh else x
+    mesh = jax.sharding.get_abstract_mesh()
+    if "fsdp" not in mesh.axis_names:
+        return x
+    return jax.lax.with_sharding_constraint(x, even_spec(spec, x.shape, mesh))

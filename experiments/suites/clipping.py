@@ -94,7 +94,7 @@ def clippers(norms: tuple[float, ...]) -> dict[str, Method]:
     return {
         ADAMW: adamw,
         **{f"clip {norm:g}": behind(optax.clip_by_global_norm(norm)) for norm in norms},
-        f"AGC {AGC_CLIPPING:g}": behind(optax.adaptive_grad_clip(AGC_CLIPPING)),
+        f"AGC {AGC_CLIPPING:g}": behind(peers.per_layer(optax.adaptive_grad_clip(AGC_CLIPPING))),
         "ZClip": behind(peers.zclip()),
         GUARD: guard,
     }

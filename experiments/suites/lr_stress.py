@@ -59,10 +59,11 @@ PRESETS = {
 """Name -> settings."""
 
 
-def lr_stress(
-    options: Arguments,
-    methods: Annotated[tuple[str, ...], tyro.conf.arg(metavar="METHOD ...")] = METHODS,
-) -> None:
+Methods = Annotated[tuple[str, ...], tyro.conf.arg(metavar="METHOD ...")]
+"""Names on the command line."""
+
+
+def lr_stress(options: Arguments, methods: Methods = METHODS) -> None:
     """Fine-tunes at 1x to 300x the best learning rate, with and without guard.
 
     Run the same command again to resume an interrupted job, or to see the results of a finished
@@ -80,7 +81,7 @@ def sweep_rates(
     title: str,
     options: Options,
     presets: Mapping[str, LrStressConfig],
-    methods: tuple[str, ...] = METHODS,
+    methods: tuple[str, ...],
 ) -> None:
     """Measures methods over learning rates, as a suite.
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,7 +23,7 @@ from experiments.finetune import Run
 from experiments.jobs import Job
 from experiments.lab import Arguments, Lab, Record, perplexities
 from experiments.methods import ADAMW, GUARD, Method, adamw, guard
-from experiments.report import Table, number
+from experiments.report import Table, number, with_spread
 from experiments.suites.study import SWITCHED_OFF
 
 
@@ -106,40 +108,45 @@ def _paths(lab: Lab[NeutralityConfig]) -> list[Table]:
     config, job = lab.config, lab.config.job
     stride = job.steps // config.stops // job.chunk_steps * job.chunk_steps
     stops = [stride * i for i in range(1, config.stops + 1)]
-    distances, traces = [], []
+    distances, traces, errors = [], [], []
     for multiple in config.path_multiples:
-        name = f"paths at {multiple:g}x, seed {lab.seeds[0]}"
-        if name not in lab.folder.runs:
-            with lab.on_mesh():
-                lab.folder.finish(name, {"stops": _compare(lab, job.rate(multiple), stops)})
-        found: list[Record] = lab.folder.runs[name]["stops"]
-        distances.append([f"{multiple:g}x", *(_difference(record) for record in found)])
+        paths: list[list[Record]] = []
+        for seed in lab.seeds:
+            name = f"paths at {multiple:g}x, seed {seed}"
+            if name not in lab.folder.runs:
+                with lab.on_mesh():
+                    found = _compare(lab, job.rate(multiple), stops, seed)
+                lab.folder.finish(name, {"stops": found})
+            paths.append(lab.folder.runs[name]["stops"])
+        places = list(zip(*paths, strict=True))
+        distances.append([f"{multiple:g}x", *map(_difference, places)])
         for method in (ADAMW, GUARD):
-            values = (record["traces"][method] for record in found)
-            traces.append(
-                [f"{multiple:g}x", method, *(f"{mean:.3g} ± {error:.2g}" for mean, error in values)]
-            )
+            found = [[record["traces"][method] for record in place] for place in places]
+            errors += [error for place in found for _, error in place]
+            cells = (with_spread([mean for mean, _ in place], number) for place in found)
+            traces.append([f"{multiple:g}x", method, *cells])
     columns = [f"step {stop}" for stop in stops]
     return [
         Table(
             "Distance of the paths with and without guard",
             ["LR", *columns],
             distances,
-            "`identical` is bit for bit. Otherwise the cosine of the two displacements from the "
-            "start, and their lengths without and with the guard. Of the first seed.",
+            "`identical` is bit for bit, with every seed. Otherwise the cosine of the two "
+            "displacements from the start, and their mean lengths without and with the guard.",
         ),
         Table(
             "Trace of the Hessian",
             ["LR", "method", *columns],
             traces,
             f"Hutchinson's estimate with {config.probes} probes on one batch, of the loss as a "
-            "function of what trains; mean ± standard error.",
+            "function of what trains; mean ± standard deviation over the seeds. The standard error "
+            f"of a single estimate is at most {number(max(errors))}.",
         ),
     ]
 
 
-def _compare(lab: Lab[NeutralityConfig], rate: float, stops: list[int]) -> list[Record]:
-    finetune, seed = lab.finetune(lab.config.job), lab.seeds[0]
+def _compare(lab: Lab[NeutralityConfig], rate: float, stops: list[int], seed: int) -> list[Record]:
+    finetune = lab.finetune(lab.config.job)
     start = finetune.start(seed)
     paths = [list(finetune.path(m, rate, seed, stops)) for m in (adamw, guard)]
     inputs = (start.frozen, finetune.batch(seed))
@@ -168,8 +175,9 @@ def _compare(lab: Lab[NeutralityConfig], rate: float, stops: list[int]) -> list[
     return records
 
 
-def _difference(record: Record) -> str:
-    if record["identical"]:
+def _difference(place: Sequence[Record]) -> str:
+    if all(record["identical"] for record in place):
         return "identical"
-    lengths = " and ".join(f"{length:.3g}" for length in record["lengths"])
-    return f"{record['cosine']:.3f} ({lengths})"
+    lengths = zip(*(record["lengths"] for record in place), strict=True)
+    shown = " and ".join(f"{statistics.fmean(found):.3g}" for found in lengths)
+    return f"{with_spread([record['cosine'] for record in place])} ({shown})"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Sequence
 
 from experiments import jobs, plots
@@ -12,7 +11,7 @@ from experiments.finetune import Run
 from experiments.jobs import Job
 from experiments.lab import Arguments, Lab, perplexities
 from experiments.methods import ADAMW, baselines
-from experiments.report import Table, guard_table, number
+from experiments.report import Table, guard_table, number, with_spread
 
 PAPER = [["AdamW", "13.21", "392.54"], ["LBW-Guard", "10.74", "357.02"]]
 """The paper's perplexity and end-to-end seconds, for Qwen2.5-7B."""
@@ -54,26 +53,29 @@ def reference(options: Arguments) -> None:
     targets = [record["heldout_loss"] for record in records[ADAMW]]
     rows = []
     for name, found in records.items():
-        seconds = statistics.fmean(record["seconds"] for record in found)
+        seconds = [record["seconds"] for record in found]
+        whole = found[0]["end_to_end_seconds"]
         times = map(_time_to, curves[name], targets)
         rows.append(
             [
                 name,
                 perplexities(found),
-                f"{seconds:.1f}",
-                f"{1000 * seconds / job.steps:.1f}",
+                "resumed" if whole is None else f"{whole:.1f}",
+                with_spread(seconds, _tenths),
+                with_spread([1000 * s / job.steps for s in seconds], _tenths),
                 _reached([time for time in times if time is not None], len(found)),
             ]
         )
-    heading = ["method", "perplexity", "seconds", "ms per step", "seconds to AdamW's perplexity"]
+    heading = ["method", "perplexity", "seconds, end to end", "of training", "ms per step"]
+    heading.append("seconds to AdamW's perplexity")
     tables = [
         Table(
             f"Reference setting (zero-step {number(zero_step)})",
             heading,
             rows,
-            "Seconds are of training alone, without compilation and evaluation; the time to "
-            f"AdamW's final perplexity is known to {lab.config.eval_steps} steps, and counts seeds "
-            "that reach it.",
+            "End to end is the first seed's run, with compilation, evaluations and checkpoints; "
+            "the other times are of training alone. The time to AdamW's final perplexity is known "
+            f"to {lab.config.eval_steps} steps, and counts seeds that reach it.",
         )
     ]
     if options.preset == "paper":
@@ -92,6 +94,8 @@ def reference(options: Arguments) -> None:
         {"perplexity.png": plots.over_time(finite, "seconds", "held-out perplexity")},
     )
 
+
+_tenths = "{:.1f}".format
 
 Curve = Sequence[tuple[float, float | None]]
 
@@ -112,4 +116,4 @@ def _reached(times: Sequence[float], seeds: int) -> str:
     if not times:
         return "not reached"
     some = f" ({len(times)} of {seeds} seeds)" if len(times) < seeds else ""
-    return f"{statistics.fmean(times):.1f}{some}"
+    return f"{with_spread(times, _tenths)}{some}"
