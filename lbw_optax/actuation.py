@@ -19,7 +19,7 @@ def emit(command: Command, step: Any, last_step: Any) -> Any:
 
     Returns:
       A tree like `step`: `step` itself, a multiple of its finite part, zero, or the opposite of a
-      part of the last step. Multiplication is done in float32 and never used to reject.
+      part of the last step. Multiplication is done in float32 or more and never used to reject.
     """
     passed = command.action == Action.PASS
     shortened = (command.action == Action.SCALE) | (command.action == Action.PROCEED)
@@ -29,11 +29,12 @@ def emit(command: Command, step: Any, last_step: Any) -> Any:
         if u.dtype == jax.dtypes.float0:
             return u
         if not is_inexact(u):
-            return jnp.where(passed | shortened, u, 0)
-        usable = jnp.where(jnp.isfinite(u), u, 0).astype(jnp.float32)
+            return jnp.where(passed | shortened, u, jnp.zeros_like(u))
+        wide = jnp.promote_types(u.dtype, jnp.float32)
+        usable = jnp.where(jnp.isfinite(u), u, 0).astype(wide)
         other = jnp.where(shortened, command.factor * usable, 0)
         if d is not None:
-            other = jnp.where(undone, (command.factor - 1) * d.astype(jnp.float32), other)
+            other = jnp.where(undone, (command.factor - 1) * d.astype(wide), other)
         return jnp.where(passed, u, other.astype(u.dtype))
 
     if last_step is None:

@@ -139,7 +139,7 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
             has_loss=jnp.zeros([], bool),
             has_params=jnp.zeros([], bool),
             statistics=sensing.init_statistics(),
-            controller=policy.init_controller(params, law),
+            controller=policy.init_controller(params, axis_name, law),
             ledger=ledger.init_ledger(log_size),
         )
 
@@ -254,12 +254,22 @@ def _check(inner, mode, min_scale, relative_step_limit, max_rejections, log_size
         ("relative_step_limit", relative_step_limit, 1e-6, 1e6),
     ):
         if not (_is_number(number, numbers.Real) and low <= number <= high):
-            raise ValueError(f"guard: {name} must be in [{low:g}, {high:g}], got {number!r}")
+            raise ValueError(
+                f"guard: {name} must be in [{low:g}, {high:g}], got {number!r}{_hint(number)}"
+            )
     for name, count in (("max_rejections", max_rejections), ("log_size", log_size)):
         if not (_is_number(count, numbers.Integral) and count >= 1):
-            raise ValueError(f"guard: {name} must be an integer in [1, inf), got {count!r}")
+            raise ValueError(
+                f"guard: {name} must be an integer in [1, inf), got {count!r}{_hint(count)}"
+            )
     if not isinstance(law, Law):
         raise ValueError(f"guard: law must be a lbw_optax.Law, got {law!r}")
+
+
+def _hint(x: Any) -> str:
+    if not isinstance(x, jax.Array):
+        return ""
+    return " (an array: inject_hyperparams must not inject it, name it in static_args)"
 
 
 def _is_number(x: Any, kind: type) -> bool:

@@ -18,7 +18,15 @@ _SHARES = (
     "cut_limit",
 )
 
-_FACTORS = ("growth", "release", "rise_limit", "trust_growth", "collapse_ratio", "spike_ratio")
+_FACTORS = (
+    "growth",
+    "release",
+    "rise_limit",
+    "allowance_most",
+    "trust_growth",
+    "collapse_ratio",
+    "spike_ratio",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +51,10 @@ class Law:
     unset_size: float = 1e-3
     """Parameters whose root mean square is below this have no size of their own yet: a relative
     step says nothing about them."""
+    allowance_most: float = 4.0
+    """Largest factor on the parameters' norm for those that start at zero. LoRA has about 2; a
+    softmax regression from zero with its bias at the class prior would have 33, no envelope at all,
+    and ends .03 above its best with this limit where it ended 1.2 above."""
     trust_way: float = 0.12
     """Part of the way to the minimum of its own parabola that the absolute trust radius lets a step
     go. At 0.1 cocob needs twice its steps on a parabola; from 0.15 on networks feel the radius."""

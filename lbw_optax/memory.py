@@ -50,7 +50,10 @@ def allocate(mode: str, params: Any) -> Any:
     """
     if mode == "none":
         return ()
-    zeros = jax.tree.map(jnp.zeros_like, params)
+    # Of what no step is ever kept, as frozen integers, nothing is allocated.
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros_like(x) if is_inexact(x) else jnp.zeros((0,), x.dtype), params
+    )
     return jax.tree.map(_sample, zeros) if mode == "sparse" else zeros
 
 
@@ -68,6 +71,8 @@ def pick(tree: Any, kept: Any) -> Any:
         return ()
 
     def leaf(x, k):
+        if not is_inexact(x):
+            return k
         thinned = [i for i, (n, m) in enumerate(zip(jnp.shape(x), k.shape, strict=True)) if n != m]
         return _thin(x, thinned[0]) if thinned else x
 

@@ -1,5 +1,6 @@
 """Policy: the bounded control law, from a diagnosis to a command. Pure functions of scalars."""
 
+import contextlib
 import enum
 import math
 from typing import Any, NamedTuple
@@ -48,8 +49,8 @@ class Controller(NamedTuple):
       rejections: held or undone steps in a row.
       nonfinites: non-finite observations in a row.
       too_long: steps in a row that were `Diagnosis.long`.
-      allowance: what the norm of the parameters is multiplied with; above 1 if arrays started at
-        zero.
+      allowance: what the norm of the parameters is multiplied with; above 1 if some of them started
+        at zero.
     """
 
     scale: jax.Array  # shape=(), dtype=float32
@@ -94,10 +95,10 @@ class Envelope(NamedTuple):
     hard: jax.Array  # shape=(), dtype=float32
 
 
-def init_controller(params: Any, law: Law) -> Controller:
+def init_controller(params: Any, axis_name: Any, law: Law) -> Controller:
     """Returns the controller of a run that has not begun; its very first steps are not excused."""
     start = {"scale": 1, "latch": 1, "earned": 1}
-    start |= {"too_long": law.brief_steps, "allowance": _allowance(params)}
+    start |= {"too_long": law.brief_steps, "allowance": _allowance(params, axis_name, law)}
     whole = ("rejections", "nonfinites", "too_long")
     return Controller(
         **{
@@ -107,21 +108,27 @@ def init_controller(params: Any, law: Law) -> Controller:
     )
 
 
-def _allowance(params: Any) -> jax.Array:
-    r"""Allows for arrays that start at zero: :math:`n / n_0`.
+def _allowance(params: Any, axis_name: Any, law: Law) -> jax.Array:
+    r"""Allows for entries that start at zero: :math:`\min(n / n_0, \text{allowance_most})`.
 
-    Such arrays, half of LoRA's for instance, will get a size but have none yet. :math:`n_0` is the
-    number of parameters in the arrays that are not all zero. Counting them as large as the others
-    would be the square root of it, which ends .005 to .02 nats worse on LoRA.
+    Such entries, half of LoRA's for instance, will get a size but have none yet. :math:`n_0` is the
+    number of those that are not zero. Counting them as large as the others would be the square root
+    of it, which ends .005 to .02 nats worse on LoRA.
     """
-    count = nonzero = 0.0
+    count, nonzero = 0.0, jnp.zeros([], jnp.float32)
     for leaf in filter(is_inexact, jax.tree.leaves(params)):
         size = float(math.prod(getattr(leaf, "shape", ())))
-        # A shape without values says nothing: it counts as not all zero.
-        is_set = isinstance(leaf, jax.ShapeDtypeStruct) or jnp.any(jnp.asarray(leaf) != 0)
         count += size
-        nonzero += jnp.where(is_set, size, 0.0)
-    return jnp.where(nonzero > 0, count / jnp.maximum(nonzero, 1.0), 1.0)
+        # A shape without values says nothing: it counts as not zero.
+        known = not isinstance(leaf, jax.ShapeDtypeStruct)
+        nonzero += jnp.count_nonzero(jnp.asarray(leaf)).astype(jnp.float32) if known else size
+    sums = (jnp.float32(count), nonzero)
+    if axis_name is not None:
+        with contextlib.suppress(NameError):  # Outside shard_map the arrays are whole.
+            sums = jax.lax.psum(sums, axis_name)
+    count, nonzero = sums
+    ratio = jnp.minimum(count / jnp.maximum(nonzero, 1), law.allowance_most)
+    return jnp.where(nonzero > 0, ratio, 1.0)
 
 
 def envelope(
@@ -144,7 +151,7 @@ def envelope(
     with :math:`\rho` = ``law.relative_step``, :math:`\rho_0` = ``law.relative_step_start``,
     :math:`a` = ``law.relative_step_power``, :math:`w` = ``reach``, :math:`f` the trust radius,
     :math:`\ell` = ``limits.relative_step_limit``, :math:`n` the number of parameters and
-    :math:`n_0` that of those in arrays that were not all zero at the start.
+    :math:`n / n_0` the controller's ``allowance`` for those that started at zero.
 
     Args:
       controller: the policy's memory.
@@ -280,15 +287,18 @@ def decide(
     bearable = law.stress_noise * signals.noise / jnp.where(t.overshoot > 0, t.overshoot, jnp.inf)
     keep = jnp.where(harm, jnp.clip(jnp.sqrt(bearable), law.cut_limit, law.cut), law.cut)
     lowest = jnp.float32(limits.min_scale)
-    cut = jnp.maximum(c.scale * keep, lowest)
+    # A non-finite value may be the batch's fault: it shortens the last step and not the next ones.
+    cut = jnp.where(harm, jnp.maximum(c.scale * keep, lowest), c.scale)
     latch = jnp.where(harm, jnp.minimum(latch, cut), latch)
     earned = jnp.where(harm, jnp.minimum(earned, 1), earned)
     latch = jnp.where(exhausted, lowest, latch)
     scale = jnp.minimum(latch * earned, law.rise_limit * c.scale)
     scale = jnp.where(exhausted, lowest, jnp.clip(scale, lowest, 1))
-    factor = jnp.minimum(scale, bounds.hard / jnp.where(t.step_norm > 0, t.step_norm, 1))
+    factor = jnp.minimum(scale, jnp.where(t.step_norm > 0, bounds.hard / t.step_norm, jnp.inf))
+    limited = factor < scale
+    scale = jnp.maximum(factor, lowest)
 
-    action, cause = _name(verdict, diagnosis.alarm, regime, factor, earned)
+    action, cause = _name(verdict, diagnosis.alarm, regime, factor, limited, earned)
 
     # An empty step (a micro-batch that is only accumulated) leaves the last one as it was.
     moved = taken & (t.step_norm > 0)
@@ -301,10 +311,10 @@ def decide(
         earned=jnp.where(learned, earned, c.earned),
         trust_radius=jnp.where(learned, radius, c.trust_radius),
         last_length=jnp.select(
-            [undone, moved], [c.last_length * keep, factor * t.step_norm], c.last_length
+            [undone, moved], [c.last_length * keep, _product(factor, t.step_norm)], c.last_length
         ),
         last_slope=jnp.select(
-            [undone, moved], [c.last_slope * keep, factor * t.slope], c.last_slope
+            [undone, moved], [c.last_slope * keep, _product(factor, t.slope)], c.last_slope
         ),
         rejections=jnp.where(taken, 0, c.rejections + 1),
         nonfinites=jnp.where(nonfinite, c.nonfinites + 1, 0),
@@ -318,6 +328,11 @@ def decide(
         factor=jnp.where(undone, keep, factor),
     )
     return command, next_controller
+
+
+def _product(factor: jax.Array, x: jax.Array) -> jax.Array:
+    """The product; 0 where `x` is not finite, as the length of a step that no limit can shorten."""
+    return jnp.where(jnp.isfinite(x), factor * x, 0)
 
 
 class Verdict(NamedTuple):
@@ -354,7 +369,12 @@ def _judge(
 
 
 def _name(
-    verdict: Verdict, alarm: jax.Array, regime: jax.Array, factor: jax.Array, earned: jax.Array
+    verdict: Verdict,
+    alarm: jax.Array,
+    regime: jax.Array,
+    factor: jax.Array,
+    limited: jax.Array,
+    earned: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """The `Action` and its `Cause`."""
     v = verdict
@@ -369,6 +389,7 @@ def _name(
             v.exhausted,
             alarm != Cause.NONE,
             action == Action.PASS,
+            limited,
             regime != Regime.STRESS,
             earned < 1,
         ],
@@ -376,6 +397,7 @@ def _name(
             jnp.int32(Cause.EXHAUSTED),
             alarm,
             jnp.int32(Cause.NONE),
+            jnp.int32(Cause.ENVELOPE),
             jnp.int32(Cause.RELEASE),
             jnp.int32(Cause.BOUNCE),
         ],

@@ -94,7 +94,7 @@ def is_inexact(x: Any) -> bool:
 def inner_product(a: Any, b: Any) -> jax.Array:
     """Returns <a, b> over all floating-point leaves, accumulated in float32."""
     products = [
-        jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32))
+        jnp.sum(jnp.asarray(x, jnp.float32) * jnp.asarray(y, jnp.float32))
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
         if is_inexact(x) and is_inexact(y)
     ]
@@ -303,9 +303,10 @@ def _reach(persistence: jax.Array, law: Law) -> jax.Array:
 def learn_gradient(statistics: Statistics, gradient_norm: jax.Array, law: Law) -> jax.Array:
     """Returns the mean gradient norm with one more observation.
 
-    A norm above the mean is learned fast and at most at twice the mean, one below it slowly, and a
-    gradient of zero not at all: a level shift is accepted in a bounded number of steps, and a model
-    whose gradients are mostly absent keeps a useful reference.
+    A norm above the mean is learned fast and at most at twice the mean, one below it slowly (but as
+    a plain average at first, in case the very first norm was the outlier), and a gradient of zero
+    not at all: a level shift is accepted in a bounded number of steps, and a model whose gradients
+    are mostly absent keeps a useful reference.
 
     Args:
       statistics: the run so far.
@@ -318,7 +319,9 @@ def learn_gradient(statistics: Statistics, gradient_norm: jax.Array, law: Law) -
     mean = statistics.gradient_mean
     first = mean == 0
     bounded = jnp.where(first, gradient_norm, jnp.minimum(gradient_norm, 2 * mean))
-    weight = jnp.where(bounded > mean, law.gradient_rise, law.gradient_fall)
+    average = 1 / (statistics.observations.astype(jnp.float32) + 1)
+    fall = jnp.maximum(law.gradient_fall, average)
+    weight = jnp.where(bounded > mean, law.gradient_rise, fall)
     new = _ema(mean, bounded, jnp.where(first, 1, weight))
     return jnp.where(gradient_norm > 0, new, mean)
 

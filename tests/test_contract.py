@@ -425,6 +425,51 @@ def test_shard_map_with_checked_replication():
     assert_same_decisions(jax.device_get(state), run("adamw", stream())[-1][1])
 
 
+def test_what_starts_at_zero_is_counted_over_all_devices():
+    """The last shard of a padded embedding is all zeros: still one controller everywhere."""
+    mesh = on_mesh(AxisType.Auto)
+    tx = guard(optax.sgd(1e-3), axis_name="x")
+    p = jnp.asarray(np.r_[np.ones((14, 2)), np.zeros((2, 2))], jnp.float32)
+    inside = jax.shard_map(
+        lambda p: tx.init(p).controller.allowance[None],
+        mesh=mesh,
+        in_specs=jax.P("x"),
+        out_specs=jax.P("x"),
+        check_vma=False,
+    )
+    expected = guard(optax.sgd(1e-3)).init(p).controller.allowance
+    np.testing.assert_allclose(inside(p), expected)
+    assert tx.init(p).controller.allowance == expected
+
+
+def test_hyperparameters_are_injected_through_the_guard():
+    @functools.partial(optax.inject_hyperparams, static_args=("min_scale",))
+    def make(learning_rate, min_scale):
+        return guard(optax.adam(learning_rate), min_scale=min_scale)
+
+    tx, p = make(1e-3, min_scale=1e-3), params()
+    state = tx.init(p)
+    state.hyperparams["learning_rate"] = jnp.float32(2e-3)
+    step = functools.partial(tx.update, at(stream(), 0)["grads"], value=jnp.float32(1))
+    updates, _ = step(state, p)
+    expected, _ = guard(optax.adam(2e-3)).update(
+        at(stream(), 0)["grads"], guard(optax.adam(2e-3)).init(p), p, value=jnp.float32(1)
+    )
+    assert_close(updates, expected)
+    with pytest.raises(ValueError, match="static_args"):
+        optax.inject_hyperparams(guard)(optax.sgd(1.0), min_scale=1e-3).init(p)
+
+
+@pytest.mark.parametrize("memory", ["none", "sparse", "step"])
+def test_integers_and_flags_keep_their_type_and_take_no_memory(memory):
+    p = {"w": jnp.ones((4, 4)), "table": jnp.ones((64, 64), jnp.int8), "flag": jnp.asarray(True)}
+    tx = guard(optax.set_to_zero(), memory=memory)
+    state = tx.init(p)
+    updates, state = tx.update(p, state, p, value=jnp.ones([]))
+    assert types(updates) == types(p)
+    assert sum(x.nbytes for x in jax.tree.leaves(state.last_step)) <= p["w"].nbytes
+
+
 def test_random_keys_in_the_inner_state():
     """noisy_sgd keeps a key: a held step keeps it too."""
     tx = guard(optax.noisy_sgd(1e-4, eta=1e-8, key=jax.random.key(0)))

@@ -308,12 +308,78 @@ def test_one_long_step_is_no_stress_but_three_or_a_far_too_long_one_are():
     assert regimes(first)[0] == "STRESS"
 
 
-def test_steps_may_be_longer_where_arrays_start_at_zero():
-    def allowance(params):
-        return float(guard(optax.sgd(1.0)).init(params).controller.allowance)
+def allowance(params):
+    return float(guard(optax.sgd(1.0)).init(params).controller.allowance)
 
+
+def test_steps_may_be_longer_where_parameters_start_at_zero():
     assert allowance({"a": jnp.ones(6), "b": jnp.zeros(6)}) == 2
     assert allowance({"a": jnp.ones(6), "b": jnp.zeros((0,))}) == 1
     assert allowance({"a": jnp.ones(6), "count": jnp.zeros(3, jnp.int32)}) == 1
     assert allowance({"a": jnp.zeros(6)}) == 1
     assert allowance({"a": jax.ShapeDtypeStruct((6,), jnp.float32)}) == 1
+    # Of a few parameters with a size the others say nothing: the envelope would be none.
+    assert allowance({"bias": jnp.ones(2), "w": jnp.zeros(60)}) == Law().allowance_most
+
+
+def test_what_starts_at_zero_counts_by_entry():
+    whole = jnp.asarray([1.0, 2.0, 0.0, 0.0])
+    assert allowance({"a": whole}) == allowance({"a": whole[:2], "b": whole[2:]}) == 2
+
+
+def mean_square(p, batch):
+    x, y, fault = batch
+    return jnp.mean((x @ p - y) ** 2) * fault
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5])
+def test_many_bad_batches_do_not_wear_the_scale_down(share):
+    """A non-finite batch says nothing about the steps to come, whatever it costs itself."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (600, 16, 4))
+    y = x @ jnp.arange(1.0, 5.0)
+    bad = jax.random.uniform(keys[1], (600,)) < share
+    batches = x, y, jnp.where(bad, jnp.nan, 1.0)
+    start, end = jnp.full(4, 0.5), jnp.arange(1.0, 5.0)
+    found, state, _ = train(guard(optax.adam(3e-2)), mean_square, start, 600, batches)
+    assert norm(found - end) <= 0.1 * norm(start - end)
+    assert report(state).min_scale_seen > 0.1
+
+
+def test_a_step_that_the_hard_limit_shortens_is_in_the_log():
+    tx = guard(optax.sgd(1.0), relative_step_limit=0.005)
+    stream = {"grads": jnp.full((10, 4), 0.0055), "value": jnp.ones(10)}
+    _, updates, states = run(tx, jnp.ones(4), stream)
+    np.testing.assert_allclose(norm(at(updates, 0)), 0.01, rtol=1e-4)
+    shortened = [e for e in events(at(states, -1)) if e.action == "SCALE"]
+    assert shortened
+    for event in shortened:
+        assert event.cause == "ENVELOPE"
+        assert event.scale == pytest.approx(norm(at(updates, event.step)) / 0.011, rel=1e-3)
+    assert report(at(states, -1)).min_scale_seen < 1
+
+
+def test_a_step_that_no_limit_can_shorten_leaves_no_trace():
+    tx = guard(optax.sgd(1e30), max_rejections=2)
+    stream = {"grads": jnp.ones((12, 3)), "value": jnp.ones(12)}
+    _, updates, states = run(tx, jnp.ones(3), stream)
+    assert is_finite((updates, states))
+
+
+def test_a_huge_first_gradient_does_not_hide_the_next_spike():
+    stream = healthy_stream(120)
+    for step, factor in ((0, 1e2), (40, 1e2)):
+        stream = faulty(stream, [step], grads=lambda g, factor=factor: g * factor)
+    _, _, states = run(TX, START, stream)
+    assert actions(states)[40] == Action.HOLD
+
+
+def test_double_precision_stays_finite():
+    with jax.enable_x64(True):
+        tx = guard(optax.chain(optax.clip(1.0), optax.scale(1e200)), max_rejections=1)
+        params = jnp.ones(3, jnp.float64)
+        state = tx.init(params)
+        for _ in range(4):
+            updates, state = tx.update(jnp.ones(3), state, params, value=1.0)
+            assert updates.dtype == jnp.float64
+            assert is_finite(updates)

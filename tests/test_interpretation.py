@@ -1,0 +1,119 @@
+"""Interpretation: the table of regimes, and what each alarm takes to be raised."""
+
+import jax.numpy as jnp
+import pytest
+from helpers import telemetry
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lbw_optax import Law, Regime
+from lbw_optax.interpretation import Cause, Diagnosis, diagnose, next_regime
+from lbw_optax.sensing import Signals
+
+LAW = Law()
+QUIET = {"noise": 1.0, "reach": 1.0, "bearable": 0.05, "slope": 0.1, "spike": 0.1}
+
+
+def signals(**known):
+    unknown = dict.fromkeys(Signals._fields, jnp.float32(0)) | {"faded": jnp.bool_(False)}
+    return Signals(**unknown | {name: jnp.asarray(x) for name, x in (QUIET | known).items()})
+
+
+def observed(overshoot=0.0, finite=(True, True, True)):
+    names = ("gradient_finite", "loss_finite", "step_finite")
+    flags = {name: jnp.bool_(x) for name, x in zip(names, finite, strict=True)}
+    return telemetry(overshoot=overshoot)._replace(**flags)
+
+
+def diagnosis(pressure=0.1, too_long=0, overshoot=0.0, finite=(True, True, True), **known):
+    shown = observed(overshoot, finite)
+    return diagnose(shown, signals(**known), jnp.float32(pressure), jnp.int32(too_long), LAW)
+
+
+def alarm(**known):
+    return Cause(int(diagnosis(**known).alarm))
+
+
+def test_every_alarm_has_its_sign():
+    assert alarm() == Cause.NONE
+    assert alarm(finite=(False, True, True)) == Cause.NONFINITE_GRADIENT
+    assert alarm(finite=(True, False, True)) == Cause.NONFINITE_LOSS
+    assert alarm(finite=(True, True, False)) == Cause.NONFINITE_STEP
+    assert alarm(overshoot=1.01 * LAW.backtrack_noise) == Cause.OVERSHOOT
+    jump = {"innovation": 1.01 * LAW.jump_noise}
+    assert alarm(**jump, faded=True) == Cause.COLLAPSE
+    assert alarm(**jump, overshoot=1.01 * LAW.jump_overshoot) == Cause.LOSS_JUMP
+    assert alarm(spike=1.01) == Cause.GRADIENT_SPIKE
+
+
+def test_a_hard_batch_is_no_alarm():
+    """The loss jumps, but the last step is not to blame and the gradients are there."""
+    assert alarm(innovation=10 * LAW.jump_noise) == Cause.NONE
+    assert alarm(faded=True) == Cause.NONE
+
+
+def test_a_spike_does_not_blame_the_last_step():
+    overshoot = 5 * LAW.backtrack_noise
+    assert alarm(overshoot=overshoot, spike=10.0) == Cause.GRADIENT_SPIKE
+
+
+@given(st.booleans(), st.booleans(), st.booleans())
+def test_the_first_cause_of_the_table_wins(gradient, loss, step):
+    finite = (gradient, loss, step)
+    causes = (Cause.NONFINITE_GRADIENT, Cause.NONFINITE_LOSS, Cause.NONFINITE_STEP)
+    wrong = [cause for cause, fine in zip(causes, finite, strict=True) if not fine]
+    assert alarm(finite=finite, spike=9.0) == (wrong or [Cause.GRADIENT_SPIKE])[0]
+
+
+def test_suspicion_and_calm():
+    assert not diagnosis(pressure=1.01 * LAW.stress_pressure).suspicion
+    assert diagnosis(pressure=1.01 * LAW.stress_pressure, too_long=LAW.brief_steps).suspicion
+    assert diagnosis(pressure=1.01 * LAW.brief_pressure).suspicion
+    found = diagnosis(pressure=0.99 * LAW.calm_ratio)
+    assert found.calm
+    assert not found.suspicion
+    assert not diagnosis(pressure=1.01 * LAW.calm_ratio).calm
+    mean = signals(overshoot=1.01 * LAW.stress_noise)
+    found = diagnose(observed(), mean, jnp.float32(0.1), jnp.int32(0), LAW)
+    assert found.suspicion
+    assert not found.calm
+
+
+@given(
+    st.sampled_from(Regime),
+    st.integers(0, 100),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([0.5, 1.0]),
+)
+def test_regimes_move_as_the_table_says(regime, dwell, alarmed, suspicion, calm, scale):
+    calm = calm and not suspicion
+    shown = Diagnosis(
+        alarm=jnp.int32(Cause.OVERSHOOT if alarmed else Cause.NONE),
+        size=jnp.float32(0),
+        long=jnp.bool_(False),
+        suspicion=jnp.bool_(suspicion),
+        calm=jnp.bool_(calm),
+    )
+    new, waited = next_regime(jnp.int32(regime), jnp.int32(dwell), shown, jnp.float32(scale), LAW)
+    after = {
+        Regime.STABLE: Regime.STABLE,
+        Regime.STRESS: Regime.RECOVERY if calm and dwell + 1 >= LAW.calm_steps else Regime.STRESS,
+        Regime.SPIKE: Regime.STRESS if scale < 1 else Regime.RECOVERY,
+        Regime.RECOVERY: Regime.STABLE
+        if dwell + 1 >= LAW.recovery_steps and scale == 1
+        else Regime.RECOVERY,
+    }
+    expected = Regime.SPIKE if alarmed else Regime.STRESS if suspicion else after[regime]
+    assert Regime(int(new)) == expected
+    if expected != regime or alarmed:
+        assert waited == 0
+    elif regime == Regime.STRESS:
+        assert waited == (dwell + 1 if calm else 0)
+
+
+@pytest.mark.parametrize("loss", [True, False])
+def test_noise_of_zero_raises_no_alarm(loss):
+    known = {"innovation": 1.0} if loss else {"overshoot": 1.0}
+    assert alarm(noise=0.0, **known) == Cause.NONE
