@@ -112,7 +112,7 @@ class Job:
 
 
 def byte_decoder(width: int, layers: int, heads: int, seq_len: int, **other) -> DecoderConfig:
-    """A decoder over bytes of Qwen2.5's kind: two heads share keys and values, SwiGLU is 8/3 wide."""
+    """A decoder over bytes like Qwen2.5's: two heads share keys and values, SwiGLU is 8/3 wide."""
     return DecoderConfig(
         hidden_size=width,
         intermediate_size=width * 8 // 3,
