@@ -51,7 +51,7 @@ class Bench:
       suite: Name of the suite.
       preset: Name of its size.
       presets: Name -> size.
-      seeds: Seeds instead of the preset's; none for those.
+      seeds: Seeds of the runs; empty for the preset's.
       results: Folder for the results; the suite writes to SUITE/PRESET in it.
       fresh: Whether to start over.
     """

@@ -83,6 +83,6 @@ def _tokenizer(job: Job, models: Path | None) -> Tokenizer:
     if job.base.llama2c is not None:
         folder = Path(checkpoint(job, models))
         if not folder.is_dir():
-            raise UserError(f"--models {models}: must be a folder with {job.base.name} in it")
+            raise UserError(f"{folder}: no such folder; --models has to name the one that has it")
         return Llama2cTokenizer(folder / job.base.llama2c[1])
     return load_tokenizer(checkpoint(job, models))

@@ -103,14 +103,14 @@ def start(model: nnx.Module, job: Job, seed: int) -> Start:
     return Start(graphdef, params, frozen)
 
 
-def shape(job: Job) -> DecoderConfig:
+def decoder_config(job: Job) -> DecoderConfig:
     """The shape of a job's model, without its weights; the base is made here or one of `ZOO`."""
     return job.base.config or ZOO[job.base.name]
 
 
 def random_start(job: Job) -> Start:
     """What a run would start from, with random weights, for work that needs no trained ones."""
-    return start(Decoder(shape(job), **decoder_settings(job), rngs=nnx.Rngs(0)), job, 0)
+    return start(Decoder(decoder_config(job), **decoder_settings(job), rngs=nnx.Rngs(0)), job, 0)
 
 
 def trained_kind(job: Job) -> type[nnx.Variable]:

@@ -177,8 +177,6 @@ STORIES = dataclasses.replace(
     NANO_SHORT,
     base=Base("stories260K", llama2c=("stories260K.bin", "tok512.bin")),
     corpus="wikitext-103",
-    heldout_tokens=None,
-    stride=64,
 )
 """A LoRA fine-tune of a Llama of 260,000 parameters that was pretrained on TinyStories: a really
 trained model, small enough for two CPU cores. Its folder has to be at hand, see `--models`."""

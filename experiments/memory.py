@@ -15,12 +15,12 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.batches import Batch
-from experiments.finetune import random_start, shape, trained_kind
+from experiments.finetune import decoder_config, random_start, trained_kind
 from experiments.jobs import Job
 from experiments.methods import Method
 from experiments.models.decoder import REMAT_POLICIES, Decoder, rope_angles
 from experiments.models.loss import CHUNK
-from experiments.models.sharding import AXES, shardings
+from experiments.models.sharding import AXES, BATCH, even_spec, shardings
 from experiments.train import Trainer, TrainState, next_token_loss
 
 
@@ -111,14 +111,12 @@ def abstract_run(job: Job, method: Method, mesh: Mesh | AbstractMesh) -> Abstrac
         graphdef,
         method,
         chunk_steps=job.chunk_steps,
-        vocabulary=shape(job).vocab_size,
+        vocabulary=decoder_config(job).vocab_size,
     )
     state = jax.eval_shape(functools.partial(trainer.init, learning_rate=0.0), params)
-    tokens = jax.ShapeDtypeStruct(
-        (job.chunk_steps, job.batch_size, job.seq_len + 1),
-        jnp.int32,
-        sharding=NamedSharding(mesh, P(None, ("data", "fsdp"))),
-    )
+    shape = (job.chunk_steps, job.batch_size, job.seq_len + 1)
+    place = NamedSharding(mesh, even_spec(P(None, *BATCH), shape, mesh))
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
     rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, P()))
     return AbstractRun(
         trainer, graphdef, _placed(state, mesh), _placed(frozen, mesh), Batch(tokens, tokens), rate
@@ -143,7 +141,8 @@ def plan_memory(job: Job, method: Method, devices: int = 1) -> MemoryPlan:
     trained = device_bytes(run.state.params)
     guard = optax.tree.get(run.state.opt_state, "GuardState")
     model = nnx.merge(run.graphdef, run.state.params, run.frozen)
-    rows = job.batch_size // devices
+    tokens = run.batches.tokens
+    _, rows, _ = tokens.sharding.shard_shape(tokens.shape)
     return MemoryPlan(
         frozen=device_bytes(run.frozen),
         trained=trained,

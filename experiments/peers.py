@@ -214,14 +214,38 @@ def per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformati
       The same for trees whose arrays below `layers` have a first axis of layers.
     """
 
-    def unstacked(tree):
-        leaves = jax.tree.leaves_with_path(tree)
-        return [tuple(x) if "layers" in jax.tree_util.keystr(path) else x for path, x in leaves]
-
     def update_fn(updates, state, params=None):
-        apart = None if params is None else unstacked(params)
-        steps, state = inner.update(unstacked(updates), state, apart)
-        steps = [jnp.stack(x) if isinstance(x, tuple) else x for x in steps]
-        return jax.tree.unflatten(jax.tree.structure(updates), steps), state
+        apart = None if params is None else _layers_apart(params)
+        steps, state = inner.update(_layers_apart(updates), state, apart)
+        return _stacked_like(updates, steps), state
 
-    return optax.GradientTransformation(lambda params: inner.init(unstacked(params)), update_fn)
+    return optax.GradientTransformation(lambda params: inner.init(_layers_apart(params)), update_fn)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _layer_names(path: Any, leaf: jax.Array) -> list[str] | None:
+    """Names of a leaf's layers, from which a mesh knows their place; None without layers."""
+    parts = _name(path).split("/")
+    if "layers" not in parts:
+        return None
+    at = parts.index("layers")
+    return ["/".join((*parts[:at], f"layer{i}", *parts[at + 1 :])) for i in range(len(leaf))]
+
+
+def _layers_apart(tree: Any) -> dict[str, jax.Array]:
+    apart = {}
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        names = _layer_names(path, leaf)
+        apart |= {_name(path): leaf} if names is None else zip(names, leaf, strict=True)
+    return apart
+
+
+def _stacked_like(tree: Any, apart: dict[str, jax.Array]) -> Any:
+    def stacked(path, leaf):
+        names = _layer_names(path, leaf)
+        return apart[_name(path)] if names is None else jnp.stack([apart[name] for name in names])
+
+    return jax.tree.map_with_path(stacked, tree)

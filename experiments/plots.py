@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 
-from experiments.methods import REGIMES
+from experiments.methods import GUARD, REGIMES
 
 matplotlib.use("Agg")
 
@@ -20,10 +20,10 @@ from matplotlib.axis import Axis
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-_COLORS = ("#b2182b", "#ef8a62", "#2166ac", "#4d9221", "#762a83", "#7f7f7f")
-"""Of the methods in order; from ColorBrewer, distinct for colour-blind readers."""
-_OTHERS = (*_COLORS[:2], *_COLORS[3:])
-_MARKERS = ("o", "s", "D", "^", "v", "P")
+_OURS = "#2166ac"
+_OTHERS = ("#b2182b", "#ef8a62", "#4d9221", "#762a83", "#7f7f7f")
+"""Of the first other methods; from ColorBrewer, distinct for colour-blind readers."""
+_MARKERS = ("o", "s", "^", "v", "P")
 _REGIME_COLORS = ("#e8f3e8", "#fde9c9", "#f7c6c1", "#dbe7f6")
 
 _STYLE = {
@@ -37,12 +37,14 @@ _STYLE = {
 }
 
 
-def _style(i: int, count: int) -> dict[str, Any]:
-    """How the line of method `i` looks; the last one is ours: blue, thick, on top."""
-    if i == count - 1:
-        return {"color": _COLORS[2], "marker": _MARKERS[2], "linewidth": 2.5}
-    color = _OTHERS[i] if count <= len(_COLORS) else plt.get_cmap("tab20")(i % 20)
-    return {"color": color, "marker": _MARKERS[i % len(_MARKERS)], "linewidth": 1.2}
+def _line(method: str, methods: Iterable[str]) -> dict[str, Any]:
+    """How the line of a method looks; the guard's is blue and thick."""
+    if method == GUARD:
+        return {"color": _OURS, "marker": "D", "linewidth": 2.5}
+    i = [name for name in methods if name != GUARD].index(method)
+    colors = (*_OTHERS, *map(plt.get_cmap("tab20"), (10, 12, 16, 18, 3, 5, 7, 9, 11, 13)))
+    marker = _MARKERS[i % len(_MARKERS)]
+    return {"color": colors[i % len(colors)], "marker": marker, "linewidth": 1.2}
 
 
 def lr_curves(
@@ -64,8 +66,8 @@ def lr_curves(
     lines = []
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-        for i, (method, points) in enumerate(curves.items()):
-            style = _style(i, len(curves))
+        for method, points in curves.items():
+            style = _line(method, curves)
             rates = np.array([rate for rate, _ in points])
             shown = np.array([min(p, top) if math.isfinite(p) else top for _, p in points])
             lines += axes.plot(rates, shown, markersize=5, label=method, **style)
@@ -120,13 +122,13 @@ def loss_panels(
         for axes, (task, curves) in zip(row[0], panels.items(), strict=True):
             top = 2 * float(np.median([loss for points in curves.values() for _, loss in points]))
             top = top if math.isfinite(top) else 1.0
-            for i, (method, points) in enumerate(curves.items()):
+            for method, points in curves.items():
                 axes.plot(
                     [rate for rate, _ in points],
                     [min(loss, top) for _, loss in points],
                     markersize=4,
                     label=method,
-                    **_style(i, len(curves)),
+                    **_line(method, curves),
                 )
             axes.set(xscale="log", title=task, xlabel=rates)
         row[0][0].set_ylabel("held-out loss (nats)")
@@ -155,7 +157,7 @@ def stressed_run(
         figure, (upper, lower) = plt.subplots(
             2, 1, figsize=(7, 5.5), sharex=True, height_ratios=(3, 2), layout="constrained"
         )
-        for (name, rows), color in ((plain, _COLORS[0]), (guarded, _COLORS[2])):
+        for (name, rows), color in ((plain, _OTHERS[0]), (guarded, _OURS)):
             losses = [math.nan if row["loss"] is None else row["loss"] for row in rows]
             upper.plot(
                 [row["step"] for row in rows], losses, color=color, linewidth=1.2, label=name
@@ -167,7 +169,7 @@ def stressed_run(
 
         rows = guarded[1]
         steps = np.array([row["step"] for row in rows])
-        lower.plot(steps, [row["scale"] for row in rows], color=_COLORS[2], linewidth=1.2)
+        lower.plot(steps, [row["scale"] for row in rows], color=_OURS, linewidth=1.2)
         lower.set(yscale="log", xlabel="step", ylabel="guard's scale")
         _plain_log_ticks(lower.yaxis)
         regimes = np.array([REGIMES.index(row["regime"]) for row in rows])
@@ -203,7 +205,7 @@ def histograms(samples: Mapping[str, Sequence[float | None]], label: str) -> byt
         )
         for i, (axes, (name, values)) in enumerate(zip(column, found.items(), strict=True)):
             last = i == len(found) - 1  # Ours.
-            axes.hist(values, bins=edges, color=_COLORS[2] if last else "0.55")
+            axes.hist(values, bins=edges, color=_OURS if last else "0.55")
             axes.set(xscale="log", yticks=[])
             axes.set_title(name, loc="left", fontsize=9)
         column[-1].set_xlabel(label)
@@ -223,10 +225,10 @@ def _positive(values: Sequence[float | None]) -> np.ndarray:
 def over_time(
     curves: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str
 ) -> bytes:
-    """Lines over time, the last one thick: ours.
+    """Lines over time, one per method.
 
     Args:
-      curves: Name -> its (time, value) points.
+      curves: Method -> its (time, value) points.
       x_label: Label of the times.
       y_label: Label of the values.
 
@@ -235,15 +237,9 @@ def over_time(
     """
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-        for i, (name, points) in enumerate(curves.items()):
-            last = i == len(curves) - 1
-            axes.plot(
-                [x for x, _ in points],
-                [y for _, y in points],
-                color=_COLORS[2] if last else plt.get_cmap("tab20")(i % 20),
-                linewidth=2.5 if last else 1.2,
-                label=name,
-            )
+        for method, points in curves.items():
+            times, values = zip(*points, strict=True) if points else ((), ())
+            axes.plot(times, values, markersize=4, label=method, **_line(method, curves))
         axes.set(xlabel=x_label, ylabel=y_label)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right", fontsize=9)
         return _png(figure)

@@ -37,9 +37,9 @@ def number(value: Any) -> str:
         return str(value)
     if not math.isfinite(value):
         return "diverged"
-    if value >= 1e6:
+    if abs(value) >= 1e6:
         return f"{value:.3g}"
-    return f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
+    return f"{value:.2g}" if abs(value) < 0.1 else f"{value:.2f}"
 
 
 def with_spread(values: Sequence[float], form: Callable[[float], str] = "{:.3f}".format) -> str:

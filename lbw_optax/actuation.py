@@ -33,7 +33,7 @@ def emit(command: Command, step: Any, last_step: Any) -> Any:
         wide = jnp.promote_types(u.dtype, jnp.float32)
         usable = jnp.where(jnp.isfinite(u), u, 0).astype(wide)
         other = jnp.where(shortened, command.factor * usable, 0)
-        if d is not None:
+        if d is not None and is_inexact(d):
             other = jnp.where(undone, (command.factor - 1) * d.astype(wide), other)
         return jnp.where(passed, u, other.astype(u.dtype))
 
@@ -59,7 +59,8 @@ def keep_step(command: Command, moved: jax.Array, applied: Any, last_step: Any) 
     def leaf(d, e):
         if not is_inexact(d):
             return d
-        shorter = jnp.where(undone, (command.factor * d.astype(jnp.float32)).astype(d.dtype), d)
+        kept = command.factor * d.astype(jnp.promote_types(d.dtype, jnp.float32))
+        shorter = jnp.where(undone, kept.astype(d.dtype), d)
         return jnp.where(moved, e.astype(d.dtype), shorter)
 
     return jax.tree.map(leaf, last_step, applied)

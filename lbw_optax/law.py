@@ -54,7 +54,7 @@ class Law:
     allowance_most: float = 4.0
     """Largest factor on the parameters' norm for those that start at zero. LoRA has about 2; a
     softmax regression from zero with its bias at the class prior would have 33, no envelope at all,
-    and ends .03 above its best with this limit where it ended 1.2 above."""
+    and ends .03 above its best with this limit where it ended .2 to 2.1 above."""
     trust_way: float = 0.12
     """Part of the way to the minimum of its own parabola that the absolute trust radius lets a step
     go. At 0.1 cocob needs twice its steps on a parabola; from 0.15 on networks feel the radius."""
@@ -86,7 +86,7 @@ class Law:
     steps."""
     gradient_fall: float = 0.02
     """Weight of a gradient norm below its mean, so that quiet batches do not make a normal one
-    look like a spike."""
+    look like a spike; the first ones count more, as in a plain average."""
     gradient_warmup: int = 5
     """Observations until the gradient-norm tests have full sensitivity; it grows linearly."""
 

@@ -33,7 +33,7 @@ def _sample(x: jax.Array) -> jax.Array:
     # An axis that the type says is sharded cannot be thinned without moving data.
     spec = tuple(jax.typeof(x).sharding.spec) + (None,) * x.ndim
     axes = [i for i in range(x.ndim) if spec[i] is None and x.shape[i] >= STRIDE]
-    if x.size < STRIDE**2 or not axes or not is_inexact(x):
+    if x.size < STRIDE**2 or not axes:
         return x
     return _thin(x, max(axes, key=lambda i: x.shape[i]))
 
@@ -46,13 +46,15 @@ def allocate(mode: str, params: Any) -> Any:
       params: the parameters, arrays or their shapes.
 
     Returns:
-      A tree of zeros like the parameters, or like a sample of them, or the empty tuple.
+      A tree of zeros like the parameters, or like a sample of them, with an empty array for each
+      that is not floating point; or the empty tuple.
     """
     if mode == "none":
         return ()
     # Of what no step is ever kept, as frozen integers, nothing is allocated.
     zeros = jax.tree.map(
-        lambda x: jnp.zeros_like(x) if is_inexact(x) else jnp.zeros((0,), x.dtype), params
+        lambda x: jnp.zeros_like(x) if is_inexact(x) else jnp.zeros((0,), jnp.result_type(x)),
+        params,
     )
     return jax.tree.map(_sample, zeros) if mode == "sparse" else zeros
 
@@ -71,7 +73,7 @@ def pick(tree: Any, kept: Any) -> Any:
         return ()
 
     def leaf(x, k):
-        if not is_inexact(x):
+        if not is_inexact(k):
             return k
         thinned = [i for i, (n, m) in enumerate(zip(jnp.shape(x), k.shape, strict=True)) if n != m]
         return _thin(x, thinned[0]) if thinned else x

@@ -121,7 +121,7 @@ def _allowance(params: Any, axis_name: Any, law: Law) -> jax.Array:
         count += size
         # A shape without values says nothing: it counts as not zero.
         known = not isinstance(leaf, jax.ShapeDtypeStruct)
-        nonzero += jnp.count_nonzero(jnp.asarray(leaf)).astype(jnp.float32) if known else size
+        nonzero += _count_nonzero(jnp.asarray(leaf)) if known else size
     sums = (jnp.float32(count), nonzero)
     if axis_name is not None:
         with contextlib.suppress(NameError):  # Outside shard_map the arrays are whole.
@@ -129,6 +129,12 @@ def _allowance(params: Any, axis_name: Any, law: Law) -> jax.Array:
     count, nonzero = sums
     ratio = jnp.minimum(count / jnp.maximum(nonzero, 1), law.allowance_most)
     return jnp.where(nonzero > 0, ratio, 1.0)
+
+
+def _count_nonzero(x: jax.Array) -> jax.Array:
+    """The number of entries that are not zero: by rows, since a large array's overflows int32."""
+    rows = jnp.count_nonzero(x, axis=-1) if x.ndim else jnp.count_nonzero(x)
+    return jnp.sum(rows.astype(jnp.float32))
 
 
 def envelope(
@@ -254,7 +260,7 @@ def decide(
         1 / \gamma & (q - e_q) s^2 > \theta \\
         1 & \text{otherwise} \end{cases}, \quad
         h_t a_t \|u_t\| \le \text{healthy}_t \\
-      s_t &= \min(1, a_t h_t)
+      s_t &= \min(1, a_t h_t, \text{hard}_t / \|u_t\|)
 
     with :math:`a` the latch, :math:`h` the earned factor, :math:`q \pm e_q` the mean overshoot per
     squared scale and its standard error, :math:`\bar a` the mean slope, :math:`\theta` the bearable
@@ -303,8 +309,8 @@ def decide(
     # An empty step (a micro-batch that is only accumulated) leaves the last one as it was.
     moved = taken & (t.step_norm > 0)
     bound = (regime == Regime.STRESS) & (c.scale < 1)
-    radius = _next_trust_radius(c, t, bounds, bound, harm | undone, law)
-    learned = undone | (moved & ~nonfinite)
+    radius = _next_trust_radius(c, t, bounds, bound, harm, law)
+    learned = (undone & harm) | (moved & ~nonfinite)
     next_controller = Controller(
         scale=jnp.select([undone, moved | exhausted], [cut, scale], c.scale),
         latch=jnp.where(learned | exhausted, latch, c.latch),
@@ -362,7 +368,7 @@ def _judge(
     harm = (alarm >= Cause.OVERSHOOT) & (alarm <= Cause.LOSS_JUMP)
     rejected = nonfinite | (alarm == Cause.GRADIENT_SPIKE) | (harm & can_undo)
     exhausted = rejected & (c.rejections >= limits.max_rejections)
-    # The first non-finite value may be the batch's fault; the next ones are likely the last step's.
+    # The first non-finite value is likely the batch's fault; the next ones may be the last step's.
     suspect = (c.nonfinites >= 1) & (c.nonfinites <= law.nonfinite_backtracks)
     undone = rejected & ~exhausted & (harm | (nonfinite & suspect)) & can_undo & (c.last_length > 0)
     return Verdict(nonfinite, harm, rejected, exhausted, undone)

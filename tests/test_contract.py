@@ -464,6 +464,9 @@ def test_hyperparameters_are_injected_through_the_guard():
 def test_integers_and_flags_keep_their_type_and_take_no_memory(memory):
     p = {"w": jnp.ones((4, 4)), "table": jnp.ones((64, 64), jnp.int8), "flag": jnp.asarray(True)}
     tx = guard(optax.set_to_zero(), memory=memory)
+    tx.init({"w": jnp.ones(3), "n": 3})
+    updates = jax.tree.map(jnp.ones_like, p) | {"table": jnp.ones((64, 64))}
+    tx.update(updates, tx.init(p), p, value=jnp.ones([]))
     state = tx.init(p)
     updates, state = tx.update(p, state, p, value=jnp.ones([]))
     assert types(updates) == types(p)

@@ -346,6 +346,15 @@ def test_many_bad_batches_do_not_wear_the_scale_down(share):
     assert report(state).min_scale_seen > 0.1
 
 
+def test_bad_batches_teach_the_controller_nothing():
+    stream = faulty(healthy_stream(), [FAULT, FAULT + 1], grads=lambda g: g * jnp.nan)
+    _, _, states = run(guard(optax.adam(1.0)), START, stream)
+    before, after = (find(at(states, i)).controller for i in (FAULT - 1, FAULT + 1))
+    assert before.latch < 1
+    for name in ("scale", "latch", "earned", "trust_radius"):
+        assert getattr(before, name) == getattr(after, name), name
+
+
 def test_a_step_that_the_hard_limit_shortens_is_in_the_log():
     tx = guard(optax.sgd(1.0), relative_step_limit=0.005)
     stream = {"grads": jnp.full((10, 4), 0.0055), "value": jnp.ones(10)}

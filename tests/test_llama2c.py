@@ -16,12 +16,9 @@ from experiments.models.llama2c import BOS, Llama2cTokenizer, load_llama2c
 from experiments.models.loss import next_token_sums
 
 ROWS = 50
-STORIES, LOSS = 500, 1.2965
-"""Nats per token of stories260K on the first held-out stories of TinyStories.
-
-The figure is that of the checkpoint, for windows that are not known; here these stories give
-1.2969, and all 3,117 give 1.3034.
-"""
+STORIES, LOSS, KNOWN = 500, 1.2969, 1.2965
+"""Nats per token of stories260K on the first held-out stories of TinyStories, here and as it is
+known for windows that are not; all 3,117 give 1.3034."""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +56,8 @@ def test_held_out_loss(model, tokenizer, stories):
             tokens[row, : len(story)], segments[row, : len(story)] = story, 1
         batch_total, batch_count = sums(model, tokens, segments)
         total, count = total + float(batch_total), count + float(batch_count)
-    assert abs(total / count - LOSS) < 0.005
+    assert abs(total / count - LOSS) < 0.001
+    assert abs(total / count - KNOWN) < 0.005
 
 
 def test_greedy_story(model, tokenizer):

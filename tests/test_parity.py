@@ -172,18 +172,28 @@ def relative_error(found, expected):
     return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
+BFLOAT16 = {
+    "all in bfloat16": (torch.bfloat16, jnp.bfloat16),
+    # As near to PyTorch's float32 as bfloat16 is.
+    "float32 weights": (torch.float32, jnp.float32),
+}
+
+
+@pytest.mark.parametrize("weights", BFLOAT16)
 @pytest.mark.parametrize("documents", SEGMENTS)
-def test_bfloat16(pair, documents, tmp_path):
+def test_bfloat16(pair, documents, weights, tmp_path):
+    their_dtype, param_dtype = BFLOAT16[weights]
     _, _, folder = pair
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=their_dtype)
     segments = SEGMENTS[documents]
     expected = run_torch(theirs, segments)
     expected.loss.backward()
-    ours = load_pretrained(folder, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    ours = load_pretrained(folder, dtype=jnp.bfloat16, param_dtype=param_dtype)
     logits, loss, grads = run_jax(*nnx.split(ours), tokens(), np.array(segments))
     real = np.array(segments) > 0
     np.testing.assert_allclose(logits[real], expected.logits.detach().float()[real], atol=0.1)
     np.testing.assert_allclose(loss, expected.loss.item(), atol=0.01)
+    assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype(param_dtype)}
     write_params(jax.tree.map(lambda g: g.astype(jnp.float32), grads), tmp_path / "grads")
     their_grads = {name: p.grad.float().numpy() for name, p in theirs.named_parameters()}
     errors = {
@@ -191,21 +201,6 @@ def test_bfloat16(pair, documents, tmp_path):
         for name, grad in load_file(tmp_path / "grads").items()
     }
     assert max(errors.values()) < 0.1, errors
-
-
-@pytest.mark.parametrize("documents", SEGMENTS)
-def test_bfloat16_compute_with_float32_weights(pair, documents):
-    """As near to PyTorch's float32 as bfloat16 is, with gradients in float32."""
-    theirs, _, folder = pair
-    segments = SEGMENTS[documents]
-    with torch.no_grad():
-        expected = run_torch(theirs, segments)
-    ours = load_pretrained(folder, dtype=jnp.bfloat16, param_dtype=jnp.float32)
-    logits, loss, grads = run_jax(*nnx.split(ours), tokens(), np.array(segments))
-    real = np.array(segments) > 0
-    np.testing.assert_allclose(logits[real], expected.logits[real], atol=0.1)
-    np.testing.assert_allclose(loss, expected.loss.item(), atol=0.01)
-    assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -88,7 +88,7 @@ def test_what_does_not_divide_is_not_split():
     spec = P(None, *BATCH, "tensor")
     assert even_spec(spec, (3, 8, 2), mesh) == spec
     assert even_spec(spec, (3, 1, 2), mesh) == P(None, None, "tensor")
-    assert even_spec(spec, (3, 6, 1), mesh) == P(None, None, None)
+    assert even_spec(spec, (3, 6, 1), mesh) == P(None, "data", None)
 
 
 def test_mesh_of_another_size_is_refused():

@@ -202,19 +202,20 @@ def test_eight_devices_end_as_one(results, cache, tmp_path, monkeypatch):
 
 def test_one_sequence_and_dropout_on_two_devices(cache, tmp_path, monkeypatch):
     """A batch that cannot be split is on every device; masks are a function of the step."""
-    lora = dataclasses.replace(TINY_JOB.lora, dropout=0.5)
-    job = dataclasses.replace(TINY_JOB, batch_size=1, lora=lora)
     monkeypatch.setenv("LBW_OPTAX_CACHE", str(cache))
-    monkeypatch.setitem(lr_stress.PRESETS, "tiny", lr_stress.LrStressConfig(job, (1,)))
-    losses = []
-    for name, *mesh in (("one", "1", "1"), ("two", "2", "1"), ("again", "2", "1")):
-        options = ["--preset", "tiny", "--results", str(tmp_path / name), "--mesh", "1", *mesh]
+
+    def heldout_loss(dropout, devices):
+        lora = dataclasses.replace(TINY_JOB.lora, dropout=dropout)
+        job = dataclasses.replace(TINY_JOB, batch_size=1, lora=lora)
+        monkeypatch.setitem(lr_stress.PRESETS, "tiny", lr_stress.LrStressConfig(job, (10,)))
+        folder = tmp_path / f"{dropout} {devices}"
+        options = ["--preset", "tiny", "--results", str(folder), "--mesh", "1", devices, "1"]
         assert main(["lr-stress", "--methods", "AdamW", *options]) == 0
-        losses.append(
-            float(_rows(tmp_path / name, "lr_stress")["AdamW at 1x, seed 0"]["heldout_loss"])
-        )
-    one, two, again = losses
-    assert two == again == pytest.approx(one, abs=1e-4)
+        return float(_rows(folder, "lr_stress")["AdamW at 10x, seed 0"]["heldout_loss"])
+
+    one = heldout_loss(0.5, "1")
+    assert heldout_loss(0.5, "2") == pytest.approx(one, abs=1e-4)
+    assert heldout_loss(0.0, "1") != pytest.approx(one, abs=1e-4)
 
 
 def test_a_mesh_without_devices_is_one_line(tmp_path, capsys):

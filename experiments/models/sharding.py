@@ -11,7 +11,6 @@ it that activations stay split like the batch; without a mesh nothing here chang
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,7 +105,7 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def even_spec(spec: P, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
-    """The spec without the splits that would leave uneven parts, as of a batch of one sequence.
+    """The spec without the axes that would leave uneven parts, as of a batch of one sequence.
 
     Args:
       spec: Where an array would live.
@@ -117,12 +116,15 @@ def even_spec(spec: P, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> P:
       The spec where the array can live.
     """
 
-    def parts(entry):
-        axes = entry if isinstance(entry, tuple) else (entry,)
-        return math.prod(mesh.shape.get(axis, 1) for axis in axes)
+    def even(entry, size):
+        kept, parts = (), 1
+        for axis in entry if isinstance(entry, tuple) else (entry,):
+            more = parts * mesh.shape.get(axis, 1)
+            if axis is not None and size % more == 0:
+                kept, parts = (*kept, axis), more
+        return kept if len(kept) > 1 else kept[0] if kept else None
 
-    split = zip(spec, shape, strict=False)
-    return P(*(entry if size % parts(entry) == 0 else None for entry, size in split))
+    return P(*(even(entry, size) for entry, size in zip(spec, shape, strict=False)))
 
 
 def shard(tree: Any, mesh: Mesh) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -117,12 +118,12 @@ def _paths(lab: Lab[NeutralityConfig]) -> list[Table]:
                 with lab.on_mesh():
                     found = _compare(lab, job.rate(multiple), stops, seed)
                 lab.folder.finish(name, {"stops": found})
-            paths.append(lab.folder.runs[name]["stops"])
+            paths.append(_numbers(lab.folder.runs[name]["stops"]))
         places = list(zip(*paths, strict=True))
         distances.append([f"{multiple:g}x", *map(_difference, places)])
         for method in (ADAMW, GUARD):
             found = [[record["traces"][method] for record in place] for place in places]
-            errors += [error for place in found for _, error in place]
+            errors += [error for place in found for _, error in place if math.isfinite(error)]
             cells = (with_spread([mean for mean, _ in place], number) for place in found)
             traces.append([f"{multiple:g}x", method, *cells])
     columns = [f"step {stop}" for stop in stops]
@@ -140,7 +141,7 @@ def _paths(lab: Lab[NeutralityConfig]) -> list[Table]:
             traces,
             f"Hutchinson's estimate with {config.probes} probes on one batch, of the loss as a "
             "function of what trains; mean ± standard deviation over the seeds. The standard error "
-            f"of a single estimate is at most {number(max(errors))}.",
+            f"of a single estimate is at most {number(max(errors, default=0))}.",
         ),
     ]
 
@@ -173,6 +174,11 @@ def _compare(lab: Lab[NeutralityConfig], rate: float, stops: list[int], seed: in
             }
         )
     return records
+
+
+def _numbers(found: Any) -> Any:
+    """What the folder has, with NaN for what is no number."""
+    return jax.tree.map(lambda x: math.nan if x is None else x, found, is_leaf=lambda x: x is None)
 
 
 def _difference(place: Sequence[Record]) -> str:

@@ -43,7 +43,7 @@ def quality(
     Args:
       preset: Size of the job: nano or pico, both for two CPU cores.
       sections: What to measure: any of stress, idle, problems, faults, optimizers.
-      seeds: Seeds of the runs; by default the preset's.
+      seeds: Seeds of the runs, but of the idle ones; by default the preset's.
       results: Folder for the results; the job writes to quality/PRESET in it.
       fresh: Start over, dropping the results of an earlier job in that folder.
     """

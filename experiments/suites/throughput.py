@@ -17,7 +17,7 @@ from experiments import jobs
 from experiments.batches import Batch
 from experiments.environment import described, made_with
 from experiments.errors import preset_of
-from experiments.finetune import random_start, shape
+from experiments.finetune import decoder_config, random_start
 from experiments.flops import step_flops
 from experiments.jobs import Job
 from experiments.methods import ADAMW, Method, adamw_clip
@@ -117,14 +117,14 @@ def _measure(
 ) -> dict[str, dict[str, Any] | int]:
     """Times all optimizers in turns, so that whatever else the machine does hits all alike."""
     start = jax.jit(random_start, static_argnums=0)(job)
-    key = jax.random.key(0)
-    tokens = (job.chunk_steps, job.batch_size, job.seq_len + 1)
-    tokens = jax.random.randint(key, tokens, 0, shape(job).vocab_size, jnp.int32)
+    shape = (job.chunk_steps, job.batch_size, job.seq_len + 1)
+    vocabulary = decoder_config(job).vocab_size
+    tokens = jax.random.randint(jax.random.key(0), shape, 0, vocabulary, jnp.int32)
     batches, rate = Batch(tokens, jnp.ones_like(tokens)), jnp.float32(LEARNING_RATE)
 
     def prepare(method: Method) -> tuple[Callable[[], float], int]:
         trainer = Trainer(
-            start.graphdef, method, chunk_steps=job.chunk_steps, vocabulary=shape(job).vocab_size
+            start.graphdef, method, chunk_steps=job.chunk_steps, vocabulary=vocabulary
         )
         state = trainer.init(start.params, LEARNING_RATE)
         program = trainer.lower(state, start.frozen, batches, rate).compile()
@@ -156,7 +156,7 @@ def _measure(
         }
     corrections = sum(x.size for x in jax.tree.leaves(start.params)) if job.lora else None
     flops = step_flops(
-        shape(job), batch_size=job.batch_size, seq_len=job.seq_len, corrections=corrections
+        decoder_config(job), batch_size=job.batch_size, seq_len=job.seq_len, corrections=corrections
     )
     return {"optimizers": optimizers, "flops": flops}
 
