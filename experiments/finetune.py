@@ -18,6 +18,7 @@ from experiments.batches import Batch
 from experiments.checkpoint import Checkpoints
 from experiments.data import standard_library
 from experiments.dataset import Dataset, checkpoint
+from experiments.errors import UserError
 from experiments.faults import Fault
 from experiments.jobs import Job
 from experiments.lora import add_lora
@@ -133,7 +134,13 @@ class Finetune:
         self.job = job
         self._dataset = dataset
         self._mesh = mesh
-        self._base = nnx.split(_load(job, models, mesh))
+        model = _load(job, models, mesh)
+        if dataset.vocabulary > model.config.vocab_size:
+            raise UserError(
+                f"{job.base.name}: its tokenizer has {dataset.vocabulary} tokens, more than the "
+                f"{model.config.vocab_size} that the model knows"
+            )
+        self._base = nnx.split(model)
         self._trainers: dict[Method, Trainer] = {}
         self._graphdef = graphdef = self.start(0).graphdef
 

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from suite_helpers import CHUNK, TINY_JOB
 from experiments import faults, jobs, methods
 from experiments.__main__ import main
 from experiments.curvature import hessian_trace
+from experiments.errors import UserError
+from experiments.finetune import Finetune
 from experiments.models.decoder import Decoder
 from experiments.models.hf import save_pretrained
 from experiments.suites import (
@@ -198,6 +201,13 @@ def test_eight_devices_end_as_one(results, cache, tmp_path, monkeypatch):
     assert float(ours["heldout_loss"]) == pytest.approx(float(theirs["heldout_loss"]), abs=1e-4)
     for field in ("guard_control_active_steps", "guard_regime_switches", "guard_regime"):
         assert ours[field] == theirs[field]
+
+
+def test_a_tokenizer_of_another_model_is_one_line(cache, monkeypatch):
+    monkeypatch.setenv("LBW_OPTAX_CACHE", str(cache))
+    other = types.SimpleNamespace(vocabulary=257)
+    with pytest.raises(UserError, match="its tokenizer has 257 tokens, more than the 256"):
+        Finetune(TINY_JOB, other, None)
 
 
 def test_one_sequence_and_dropout_on_two_devices(cache, tmp_path, monkeypatch):
