@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lbw_optax.guard import GuardState
@@ -99,6 +100,12 @@ def _find(opt_state: Any) -> GuardState:
     found = [x for x in leaves if isinstance(x, GuardState)]
     if len(found) != 1:
         raise ValueError(f"opt_state must hold exactly one guard, found {len(found)}")
+    runs = jnp.shape(_fetch(found[0].regime))
+    if runs:
+        raise ValueError(
+            f"opt_state must be that of one run, got axes {runs} of vmap or scan: pick one run, as "
+            "with jax.tree.map(lambda x: x[0], opt_state)"
+        )
     return found[0]
 
 
@@ -125,7 +132,7 @@ def report(opt_state: Any) -> Report:
       A :class:`Report`, which prints as a few lines of text.
 
     Raises:
-      ValueError: if there is no guard in it, or more than one.
+      ValueError: if there is no guard in it, or more than one, or if it holds several runs.
 
     Example:
       >>> import jax.numpy as jnp, optax, lbw_optax
@@ -175,7 +182,7 @@ def events(opt_state: Any) -> list[Event]:
       A list of :class:`Event`; ``dataclasses.asdict`` turns one into a dictionary.
 
     Raises:
-      ValueError: if there is no guard in it, or more than one.
+      ValueError: if there is no guard in it, or more than one, or if it holds several runs.
     """
     log = _fetch(_find(opt_state).ledger)
     size = len(log.ring.event_step)

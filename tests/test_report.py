@@ -87,6 +87,14 @@ def test_no_guard_or_two_guards_is_an_error_that_says_so(read):
         read(optax.chain(inner(), inner()).init(PARAMS))
 
 
+@pytest.mark.parametrize("read", [report, events])
+def test_states_of_several_runs_are_read_one_by_one(read):
+    states = jax.vmap(lambda scale: inner().init({"w": scale * jnp.ones(3)}))(jnp.ones(2))
+    with pytest.raises(ValueError, match=r"one run, got axes \(2,\)"):
+        read(states)
+    assert read(jax.tree.map(lambda x: x[1], states)) == read(inner().init({"w": jnp.ones(3)}))
+
+
 def test_fresh_guard_reports_nothing():
     state = inner().init(PARAMS)
     summary = report(state)
