@@ -40,7 +40,7 @@ def measured(results):
     """All that must not depend on interruptions: times are left out."""
     folder = results / "lr_stress" / "tiny"
     with (folder / "summary.csv").open() as file:
-        summary = [row | {"seconds": ""} for row in csv.DictReader(file)]
+        summary = [row | {"seconds": "", "end_to_end_seconds": ""} for row in csv.DictReader(file)]
     logs = ((folder / f"{name}.jsonl").read_text() for name in ("metrics", "events"))
     return summary, *(re.sub(r'"seconds": [^,}]+', '"seconds": 0', log) for log in logs)
 
