@@ -23,16 +23,16 @@ from experiments.faults import Fault
 from experiments.jobs import Job
 from experiments.lora import add_lora
 from experiments.methods import REGIMES, Method, evaluated, guard_record
-from experiments.models import loss as losses
 from experiments.models.config import DecoderConfig
 from experiments.models.decoder import Decoder
 from experiments.models.hf import load_pretrained
 from experiments.models.llama2c import load_llama2c
+from experiments.models.loss import next_token_sums
 from experiments.models.sharding import shard
 from experiments.models.zoo import ZOO
 from experiments.pretrain import pretrained
 from experiments.results import Results
-from experiments.train import Metrics, Trainer
+from experiments.train import Metrics, Trainer, next_token_loss
 
 
 class Run(NamedTuple):
@@ -142,19 +142,19 @@ class Finetune:
             )
         self._base = nnx.split(model)
         self._trainers: dict[Method, Trainer] = {}
-        self._graphdef = graphdef = self.start(0).graphdef
+        model = nnx.merge(*self.start(0))
+        self._graphdef = nnx.graphdef(model)
+        model.eval()  # Without dropout, here and below.
+        graphdef = nnx.graphdef(model)
 
         def loss(params, inputs):
             frozen, batch = inputs
-            model = nnx.merge(graphdef, params, frozen)
-            model.eval()
-            return losses.next_token_loss(model, batch.tokens, batch.segments)
+            return next_token_loss(graphdef, params, frozen, batch.tokens, batch.segments)
 
         @jax.jit
         def score(params, frozen, tokens_bt, weights_bt):
             model = nnx.merge(graphdef, params, frozen)
-            model.eval()
-            return losses.next_token_sums(model, tokens_bt, counted_bt=weights_bt > 0)
+            return next_token_sums(model, tokens_bt, counted_bt=weights_bt > 0)
 
         self.loss: Callable[[Any, tuple[Any, Batch]], jax.Array] = loss
         """The loss of (params, (frozen, batch)), in nats."""

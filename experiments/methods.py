@@ -17,6 +17,7 @@ from optax import contrib
 
 import lbw_optax
 from experiments import peers
+from lbw_optax.memory import MODES
 
 Method = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
 """From the learning rate to an optimizer."""
@@ -58,6 +59,15 @@ def behind_guard(method: Callable[..., optax.GradientTransformation]) -> Method:
 
 ADAMW, GUARD = "AdamW", "guard(AdamW)"
 """The two names that verdicts are about."""
+
+
+def guards() -> dict[str, Method]:
+    """AdamW, and AdamW behind the guard with each of its memories."""
+
+    def behind(memory: str) -> Method:
+        return lambda rate: lbw_optax.guard(adamw(rate), memory=memory, log_size=LOG_SIZE)
+
+    return {ADAMW: adamw} | {f"{GUARD}, {mode}": behind(mode) for mode in MODES}
 
 
 def skip(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:

@@ -222,30 +222,23 @@ def per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformati
     return optax.GradientTransformation(lambda params: inner.init(_layers_apart(params)), update_fn)
 
 
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _layer_names(path: Any, leaf: jax.Array) -> list[str] | None:
-    """Names of a leaf's layers, from which a mesh knows their place; None without layers."""
-    parts = _name(path).split("/")
+def _by_layer(path: Any, leaf: jax.Array) -> dict[str, jax.Array]:
+    """A leaf's layers, or the leaf itself, by names from which a mesh knows their place."""
+    parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
     if "layers" not in parts:
-        return None
+        return {"/".join(parts): leaf}
     at = parts.index("layers")
-    return ["/".join((*parts[:at], f"layer{i}", *parts[at + 1 :])) for i in range(len(leaf))]
+    before, after = parts[:at], parts[at + 1 :]
+    return {"/".join((*before, f"layer{i}", *after)): layer for i, layer in enumerate(leaf)}
 
 
 def _layers_apart(tree: Any) -> dict[str, jax.Array]:
-    apart = {}
-    for path, leaf in jax.tree.leaves_with_path(tree):
-        names = _layer_names(path, leaf)
-        apart |= {_name(path): leaf} if names is None else zip(names, leaf, strict=True)
-    return apart
+    leaves = jax.tree.leaves_with_path(tree)
+    return {name: x for path, leaf in leaves for name, x in _by_layer(path, leaf).items()}
 
 
 def _stacked_like(tree: Any, apart: dict[str, jax.Array]) -> Any:
     def stacked(path, leaf):
-        names = _layer_names(path, leaf)
-        return apart[_name(path)] if names is None else jnp.stack([apart[name] for name in names])
+        return jnp.stack([apart[name] for name in _by_layer(path, leaf)]).reshape(leaf.shape)
 
     return jax.tree.map_with_path(stacked, tree)

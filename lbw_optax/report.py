@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lbw_optax.guard import GuardState
@@ -100,25 +99,21 @@ def _find(opt_state: Any) -> GuardState:
     found = [x for x in leaves if isinstance(x, GuardState)]
     if len(found) != 1:
         raise ValueError(f"opt_state must hold exactly one guard, found {len(found)}")
-    runs = jnp.shape(_fetch(found[0].regime))
+    # nnx keeps each array in a variable of its own.
+    state = jax.tree.map(
+        lambda x: x.get_value() if _is_variable(x) else x, found[0], is_leaf=_is_variable
+    )
+    runs = state.regime.shape
     if runs:
         raise ValueError(
             f"opt_state must be that of one run, got axes {runs} of vmap or scan: pick one run, as "
             "with jax.tree.map(lambda x: x[0], opt_state)"
         )
-    return found[0]
+    return state
 
 
-def _fetch(tree: Any) -> Any:
-    """Copies a part of the state to the host; nnx keeps each array in a variable of its own."""
-
-    def is_variable(x):
-        return hasattr(x, "get_value")
-
-    arrays = jax.tree.map(
-        lambda x: x.get_value() if is_variable(x) else x, tree, is_leaf=is_variable
-    )
-    return jax.device_get(arrays)
+def _is_variable(x: Any) -> bool:
+    return hasattr(x, "get_value")
 
 
 def report(opt_state: Any) -> Report:
@@ -141,7 +136,7 @@ def report(opt_state: Any) -> Report:
       0
     """
     s = _find(opt_state)
-    log, regime, scale, has_loss, has_params = _fetch(
+    log, regime, scale, has_loss, has_params = jax.device_get(
         (s.ledger, s.regime, s.controller.scale, s.has_loss, s.has_params)
     )
     sensors_off = ()
@@ -184,7 +179,7 @@ def events(opt_state: Any) -> list[Event]:
     Raises:
       ValueError: if there is no guard in it, or more than one, or if it holds several runs.
     """
-    log = _fetch(_find(opt_state).ledger)
+    log = jax.device_get(_find(opt_state).ledger)
     size = len(log.ring.event_step)
     kept = min(int(log.recorded), size)
     order = [(int(log.recorded) - kept + i) % size for i in range(kept)]

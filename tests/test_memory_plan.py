@@ -13,7 +13,7 @@ from experiments.__main__ import main
 from experiments.jobs import PAPER, Base, Job, LoraConfig
 from experiments.memory import plan_memory, residual_bytes
 from experiments.memory_check import MemoryCheck, check_memory
-from experiments.methods import adamw
+from experiments.methods import adamw, guards
 from experiments.models.config import DecoderConfig
 from experiments.models.decoder import Decoder
 from experiments.models.sharding import make_mesh, shardings
@@ -37,7 +37,7 @@ LORA = Job(
     remat="full",
 )
 FULL = dataclasses.replace(LORA, base=Base("tiny", LLAMA), lora=None)
-NONE, SPARSE, STEP = (suite.guards()[f"guard(AdamW), {m}"] for m in ("none", "sparse", "step"))
+NONE, SPARSE, STEP = (guards()[f"guard(AdamW), {m}"] for m in ("none", "sparse", "step"))
 RANK, LAYERS, WIDTH = 2, 2, 16
 # What each corrected layer reads and writes: q, k, v, o, gate, up, down of QWEN.
 EDGES = (16, 16), (16, 8), (16, 8), (16, 16), (16, 24), (16, 24), (24, 16)

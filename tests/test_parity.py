@@ -180,7 +180,7 @@ BFLOAT16 = {
 
 
 @pytest.mark.parametrize("weights", BFLOAT16)
-@pytest.mark.parametrize("documents", ["padded left", "packed"])
+@pytest.mark.parametrize("documents", SEGMENTS)
 def test_bfloat16(pair, documents, weights, tmp_path):
     their_dtype, param_dtype = BFLOAT16[weights]
     _, _, folder = pair

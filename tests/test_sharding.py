@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from model_helpers import LLAMA, PARAMETERS, QWEN, decoder, published_config
+from model_helpers import FAMILIES, LLAMA, PARAMETERS, decoder, published_config
 
 import lbw_optax
 from experiments.lora import add_lora
@@ -126,11 +126,8 @@ def train(config, kind, mesh):
     return losses, state, params
 
 
-@pytest.mark.parametrize(
-    ("config", "kind"),
-    [(QWEN, nnx.LoRAParam), (LLAMA, nnx.Param)],
-    ids=["qwen, lora", "llama, full"],
-)
+@FAMILIES
+@KINDS
 def test_eight_devices_decide_as_one(config, kind):
     one = make_mesh(devices=jax.devices()[:1])
     expected_losses, expected_state, _ = train(config, kind, one)

@@ -249,7 +249,7 @@ def test_presets_come_in_whole_chunks(module):
 
 def test_every_scenario_names_a_fault_that_there_is():
     for scenario in failures.PRESETS["nano"].scenarios().values():
-        assert scenario.fault in faults.drills(200)
+        assert scenario.fault in faults.drills(100)
 
 
 def test_a_job_of_broken_chunks_is_refused():

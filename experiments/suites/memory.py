@@ -8,17 +8,15 @@ from pathlib import Path
 
 import jax
 
-import lbw_optax
 from experiments import jobs
 from experiments.environment import made_with, versions
 from experiments.errors import preset_of
 from experiments.jobs import Job
 from experiments.memory import MemoryPlan, plan_memory
 from experiments.memory_check import MemoryCheck, check_memory, compile_devices
-from experiments.methods import ADAMW, GUARD, LOG_SIZE, Method, adamw
+from experiments.methods import ADAMW, GUARD, Method, guards
 from experiments.report import Table, number, write_report
 from experiments.results import Results
-from lbw_optax.memory import MODES
 
 PRESETS = {"nano": {"nano": jobs.NANO}, "small": {"small": jobs.SMALL}, "paper": jobs.PAPER}
 """Name -> label -> job."""
@@ -50,15 +48,6 @@ DEFAULT_GUARD = f"{GUARD}, step"
 
 CHECKED = (ADAMW, DEFAULT_GUARD)
 """What is compiled."""
-
-
-def guards() -> dict[str, Method]:
-    """AdamW, and AdamW behind the guard with each of its memories."""
-
-    def behind(memory: str) -> Method:
-        return lambda rate: lbw_optax.guard(adamw(rate), memory=memory, log_size=LOG_SIZE)
-
-    return {ADAMW: adamw} | {f"{GUARD}, {m}": behind(m) for m in MODES}
 
 
 def memory(preset: str = "nano", results: Path = Path("results"), fresh: bool = False) -> None:

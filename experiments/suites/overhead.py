@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from tqdm import tqdm
 
 from experiments.environment import described, made_with
 from experiments.errors import preset_of
-from experiments.methods import ADAMW, Method, adamw_clip
+from experiments.methods import Method
 from experiments.report import Table, number, write_report
 from experiments.results import Results
-from experiments.suites.memory import guards
-
-LEARNING_RATE = 1e-5
-"""So low that the guard never acts: the cost of a healthy step."""
+from experiments.timing import LEARNING_RATE, contestants, in_turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +73,7 @@ def overhead(preset: str = "nano", results: Path = Path("results"), fresh: bool 
     folder = Results(
         results / "overhead" / preset, described("overhead", preset, config), fresh=fresh
     )
-    plain, *guarded = guards().items()
-    methods = dict([plain, ("AdamW + clip", adamw_clip), *guarded])
+    methods = contestants()
     if methods.keys() - folder.runs.keys():
         _measure(folder, config, methods)
     records = {name: folder.runs[name] for name in methods}
@@ -95,19 +89,12 @@ def overhead(preset: str = "nano", results: Path = Path("results"), fresh: bool 
 
 
 def _measure(folder: Results, config: OverheadConfig, methods: dict[str, Method]) -> None:
-    """Times all optimizers in turns, so that whatever else the machine does hits all alike."""
-    steppers, counted = {}, {}
+    clocks, counted = {}, {}
     for name, method in methods.items():
-        steppers[name], counted[name] = _prepare(config, method)
-    seconds = {name: [] for name in methods}
-    for _ in tqdm(range(config.rounds), unit="round"):
-        for name, stepper in steppers.items():
-            seconds[name].append(stepper.seconds(config.steps))
-    for name in methods:
-        paired = zip(seconds[name], seconds[ADAMW], strict=True)
-        ratios = statistics.quantiles((mine / plain for mine, plain in paired), n=4)
-        record = {"seconds": statistics.median(seconds[name]), "ratio": ratios}
-        folder.finish(name, record | counted[name])
+        stepper, counted[name] = _prepare(config, method)
+        clocks[name] = functools.partial(stepper.seconds, config.steps)
+    for name, (seconds, ratio) in in_turns(clocks, config.rounds).items():
+        folder.finish(name, {"seconds": seconds, "ratio": ratio} | counted[name])
 
 
 def _prepare(config: OverheadConfig, method: Method) -> tuple[Stepper, dict[str, float]]:

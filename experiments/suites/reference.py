@@ -67,7 +67,7 @@ def reference(options: Arguments) -> None:
             ]
         )
     heading = ["method", "perplexity", "seconds, end to end", "of training", "ms per step"]
-    heading.append("seconds to AdamW's perplexity")
+    heading += ["seconds to AdamW's perplexity"]
     tables = [
         Table(
             f"Reference setting (zero-step {number(zero_step)})",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from tqdm import tqdm
 
 from experiments import jobs
 from experiments.batches import Batch
@@ -20,14 +18,11 @@ from experiments.errors import preset_of
 from experiments.finetune import decoder_config, random_start
 from experiments.flops import step_flops
 from experiments.jobs import Job
-from experiments.methods import ADAMW, Method, adamw_clip
+from experiments.methods import Method
 from experiments.report import Table, number, write_report
 from experiments.results import Results
-from experiments.suites.memory import guards
+from experiments.timing import LEARNING_RATE, contestants, in_turns
 from experiments.train import Trainer
-
-LEARNING_RATE = 1e-7
-"""So low that the guard never acts: the cost of a healthy step."""
 
 PEAK = {
     "NVIDIA A100-SXM4-80GB": 312e12,
@@ -88,8 +83,7 @@ def throughput(preset: str = "nano", results: Path = Path("results"), fresh: boo
     folder = Results(
         results / "throughput" / preset, described("throughput", preset, config), fresh=fresh
     )
-    plain, *guarded = guards().items()
-    methods = dict([plain, ("AdamW + clip", adamw_clip), *guarded])
+    methods = contestants()
     for label, job in config.jobs.items():
         if label not in folder.runs:
             folder.finish(label, _measure(label, job, methods, config.rounds))
@@ -115,16 +109,15 @@ def throughput(preset: str = "nano", results: Path = Path("results"), fresh: boo
 def _measure(
     label: str, job: Job, methods: Mapping[str, Method], rounds: int
 ) -> dict[str, dict[str, Any] | int]:
-    """Times all optimizers in turns, so that whatever else the machine does hits all alike."""
-    start = jax.jit(random_start, static_argnums=0)(job)
+    """Times a model's whole steps, and counts their memory and their arithmetic."""
+    start, config = jax.jit(random_start, static_argnums=0)(job), decoder_config(job)
     shape = (job.chunk_steps, job.batch_size, job.seq_len + 1)
-    vocabulary = decoder_config(job).vocab_size
-    tokens = jax.random.randint(jax.random.key(0), shape, 0, vocabulary, jnp.int32)
+    tokens = jax.random.randint(jax.random.key(0), shape, 0, config.vocab_size, jnp.int32)
     batches, rate = Batch(tokens, jnp.ones_like(tokens)), jnp.float32(LEARNING_RATE)
 
     def prepare(method: Method) -> tuple[Callable[[], float], int]:
         trainer = Trainer(
-            start.graphdef, method, chunk_steps=job.chunk_steps, vocabulary=vocabulary
+            start.graphdef, method, chunk_steps=job.chunk_steps, vocabulary=config.vocab_size
         )
         state = trainer.init(start.params, LEARNING_RATE)
         program = trainer.lower(state, start.frozen, batches, rate).compile()
@@ -141,22 +134,16 @@ def _measure(
         made = found.output_size_in_bytes - found.alias_size_in_bytes
         return seconds, found.argument_size_in_bytes + made + found.temp_size_in_bytes
 
-    prepared = {name: prepare(method) for name, method in methods.items()}
-    seconds = {name: [] for name in methods}
-    for _ in tqdm(range(rounds), label, unit="round"):
-        for name, (timed, _) in prepared.items():
-            seconds[name].append(timed())
-    optimizers = {}
-    for name, (_, size) in prepared.items():
-        paired = zip(seconds[name], seconds[ADAMW], strict=True)
-        optimizers[name] = {
-            "seconds": statistics.median(seconds[name]),
-            "share": statistics.quantiles((1 - plain / mine for mine, plain in paired), n=4),
-            "bytes": size,
-        }
+    clocks, sizes = {}, {}
+    for name, method in methods.items():
+        clocks[name], sizes[name] = prepare(method)
+    optimizers = {
+        name: {"seconds": seconds, "share": [1 - 1 / q for q in ratio], "bytes": sizes[name]}
+        for name, (seconds, ratio) in in_turns(clocks, rounds, label).items()
+    }
     corrections = sum(x.size for x in jax.tree.leaves(start.params)) if job.lora else None
     flops = step_flops(
-        decoder_config(job), batch_size=job.batch_size, seq_len=job.seq_len, corrections=corrections
+        config, batch_size=job.batch_size, seq_len=job.seq_len, corrections=corrections
     )
     return {"optimizers": optimizers, "flops": flops}
 
