@@ -1,6 +1,6 @@
 """A corpus: named documents for training, validation and test, read one at a time.
 
-Sources are WikiText-103 from the Hugging Face hub, and the user's own files.
+Sources are WikiText from the Hugging Face hub, and the user's own files.
 """
 
 from __future__ import annotations
@@ -100,21 +100,28 @@ class Corpus:
         return self.splits[split]
 
 
-def wikitext103() -> Corpus:
-    """WikiText-103, raw form, downloaded once: 28,475 + 60 + 60 Wikipedia articles, 550 MB.
+def wikitext(size: int) -> Corpus:
+    """WikiText in raw form, downloaded once: Wikipedia articles.
+
+    Args:
+      size: 103 has 28,475 articles to train on, 550 MB; 2 has 600 of them, 11 MB. Their 60
+        articles for validation and 60 for test are the same.
+
+    Returns:
+      The corpus.
 
     References:
       Merity et al., `Pointer Sentinel Mixture Models <https://arxiv.org/abs/1609.07843>`_, 2016
     """
     import datasets  # A large package, needed by this function and for some files only.
 
-    name = "WikiText-103"
+    name = f"WikiText-{size}"
     try:
-        splits = datasets.load_dataset("Salesforce/wikitext", "wikitext-103-raw-v1")
+        splits = datasets.load_dataset("Salesforce/wikitext", f"wikitext-{size}-raw-v1")
     except (OSError, ValueError) as error:  # ValueError: offline, with another part in the cache.
         raise UserError(
             f"{name} cannot be downloaded ({error}): "
-            "connect to the hub once, or give a text of your own with --data"
+            "connect to the hub once, or give a text of your own with --data or --pretrain-data"
         ) from error
 
     def read(split: str) -> Iterator[str]:
@@ -148,7 +155,7 @@ def read_corpus(path: Path) -> Corpus:
       The corpus, named after the path.
     """
     if not path.exists():
-        raise UserError(f"--data {path}: no such file or folder")
+        raise UserError(f"{path}: no such file or folder")
     if files := _split_files(path):
         return _corpus(
             str(path), {split: functools.partial(_read_files, files[split]) for split in files}
@@ -219,23 +226,23 @@ def _of_text(file: Path) -> Iterator[str]:
         with file.open(encoding="utf-8", newline="\n") as lines:
             yield from _of_lines(lines)
     except UnicodeDecodeError as error:
-        raise UserError(f"--data {file}: not UTF-8 text (byte {error.start})") from error
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from error
     except OSError as error:
-        raise UserError(f"--data {file}: {error.strerror}") from error
+        raise UserError(f"{file}: {error.strerror}") from error
 
 
 def _rows(file: Path) -> Iterator[str]:
-    import datasets  # See wikitext103.
+    import datasets  # See wikitext.
 
     try:
         table = datasets.load_dataset(
             _ROW_FILES[file.suffix], data_files=str(file), split="train", streaming=True
         )
-        yield from _texts(table, f"--data {file}")
+        yield from _texts(table, str(file))
     except StopIteration:  # What the loader makes of an empty file.
         return
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise UserError(f"--data {file}: not a {file.suffix} file ({error})") from error
+        raise UserError(f"{file}: not a {file.suffix} file ({error})") from error
 
 
 def _texts(table: datasets.Dataset | datasets.IterableDataset, name: str) -> Iterator[str]:

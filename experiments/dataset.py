@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import jax
 
 from experiments.batches import Batches
-from experiments.corpus import TEST, TRAIN, Corpus, corpus_of_text, wikitext103
+from experiments.corpus import TEST, TRAIN, Corpus, corpus_of_text, wikitext
 from experiments.data import python_manual
 from experiments.errors import UserError
 from experiments.jobs import Job
@@ -21,7 +22,7 @@ from experiments.tokenization import ByteTokenizer, Tokenizer, load_tokenizer
 
 CORPORA: dict[str, Callable[[], Corpus]] = {
     "python-manual": lambda: corpus_of_text(python_manual()),
-    "wikitext-103": wikitext103,
+    "wikitext-103": functools.partial(wikitext, 103),
 }
 """Name in `Job.corpus` -> the corpus."""
 

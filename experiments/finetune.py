@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from experiments.batches import Batch
 from experiments.checkpoint import Checkpoints
-from experiments.data import standard_library
+from experiments.data import Text
 from experiments.dataset import Dataset, checkpoint
 from experiments.errors import UserError
 from experiments.faults import Fault
@@ -128,13 +128,21 @@ class Finetune:
       models: Folder of Hugging Face checkpoints; None looks on the hub.
       mesh: Devices that share the work; None: the default one. With a mesh, everything has to be
         called under `jax.set_mesh(mesh)`.
+      text: What a base model that is made here is pretrained on; None takes its recipe's.
     """
 
-    def __init__(self, job: Job, dataset: Dataset, models: Path | None, mesh: Mesh | None = None):
+    def __init__(
+        self,
+        job: Job,
+        dataset: Dataset,
+        models: Path | None,
+        mesh: Mesh | None = None,
+        text: Text | None = None,
+    ):
         self.job = job
         self._dataset = dataset
         self._mesh = mesh
-        model = _load(job, models, mesh)
+        model = _load(job, models, mesh, text)
         if dataset.vocabulary > model.config.vocab_size:
             raise UserError(
                 f"{job.base.name}: its tokenizer has {dataset.vocabulary} tokens, more than the "
@@ -277,14 +285,16 @@ class Finetune:
         return self._trainers[method]
 
 
-def _load(job: Job, models: Path | None, mesh: Mesh | None) -> Decoder:
+def _load(job: Job, models: Path | None, mesh: Mesh | None, text: Text | None) -> Decoder:
     """The base model, ready to be computed with as the job says."""
     base, settings = job.base, decoder_settings(job)
+    if text is not None and base.recipe is None:
+        raise UserError(f"--pretrain-data: {base.name} is trained already")
     if base.llama2c is not None:
         return load_llama2c(Path(checkpoint(job, models), base.llama2c[0]))
     if base.recipe is None:
         return load_pretrained(checkpoint(job, models), mesh=mesh, **settings)
-    made = pretrained(base.config, base.dtype, job.seq_len, base.recipe, standard_library())
+    made = pretrained(base.config, base.dtype, job.seq_len, base.recipe, text)
     model = nnx.eval_shape(lambda: Decoder(base.config, **settings, rngs=nnx.Rngs(0)))
     cast = jax.tree.map(lambda x, like: x.astype(like.dtype), nnx.state(made), nnx.state(model))
     nnx.update(model, cast)

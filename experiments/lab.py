@@ -23,6 +23,7 @@ from experiments.finetune import Finetune, Run
 from experiments.jobs import Job
 from experiments.methods import Method
 from experiments.models.sharding import make_mesh
+from experiments.pretrain import text_to_train_on
 from experiments.report import Table, number, with_spread, write_report
 from experiments.results import Results
 
@@ -40,6 +41,8 @@ class Options:
     or, where a suite has it, stories (a really trained Llama of 260,000 parameters)."""
     data: Path | None = None
     """Text to fine-tune on instead of the preset's: a file, or a folder with train and test."""
+    pretrain_data: Path | None = None
+    """Text to pretrain a preset's own model on instead of the preset's: as `data`."""
     models: Path | None = None
     """Folder of Hugging Face checkpoints, such as Qwen2.5-7B; by default the hub has them."""
     results: Path = Path("results")
@@ -57,6 +60,9 @@ class Options:
 Arguments = Annotated[Options, tyro.conf.arg(name="")]
 """`Options` as flags without a prefix."""
 
+Methods = Annotated[tuple[str, ...], tyro.conf.arg(metavar="METHOD ...")]
+"""Names on the command line."""
+
 
 class Lab(Generic[Config]):
     """A suite at work.
@@ -73,9 +79,12 @@ class Lab(Generic[Config]):
         self.seeds = checked_seeds(options.seeds or (0,))
         self._mesh = _mesh(options.mesh)
         self._finetune: Finetune | None = None
-        self._corpus = None if options.data is None else read_corpus(options.data)
+        self._corpus = _read("--data", options.data)
+        pretraining = _read("--pretrain-data", options.pretrain_data)
+        self._text = pretraining and text_to_train_on(pretraining)
         chosen = {
             "data": self._corpus and _describe(self._corpus),
+            "pretrain_data": pretraining and _describe(pretraining),
             "models": None if options.models is None else str(options.models),
             "mesh": options.mesh,
         }
@@ -88,7 +97,9 @@ class Lab(Generic[Config]):
         if self._finetune is None or self._finetune.job != job:
             self._finetune = None  # Before the next one is made: there is no room for two.
             dataset = Dataset(job, self._corpus, self.options.models)
-            self._finetune = Finetune(job, dataset, self.options.models, self._mesh)
+            self._finetune = Finetune(
+                job, dataset, self.options.models, self._mesh, text=self._text
+            )
         return self._finetune
 
     def zero_step(self, job: Job) -> float:
@@ -178,6 +189,18 @@ def _mesh(shape: tuple[int, int, int]) -> Mesh | None:
     if min(shape) < 1 or count > len(found):
         raise UserError(f"--mesh {shape}: must be positive, with a product of 1 ... {len(found)}")
     return make_mesh(*shape, devices=found[:count]) if count > 1 else None
+
+
+def _read(flag: str, path: Path | None) -> Corpus | None:
+    """The user's own text, read through once, so that its mistakes are found before the work."""
+    if path is None:
+        return None
+    try:
+        corpus = read_corpus(path)
+        _describe(corpus)
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from error
+    return corpus
 
 
 def _describe(corpus: Corpus) -> dict[str, str]:

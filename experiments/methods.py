@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from optax import contrib
 
 import lbw_optax
 from experiments import peers
+from experiments.errors import UserError
 from lbw_optax.memory import MODES
 
 Method = Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]
@@ -143,6 +144,30 @@ def baselines(steps: int) -> dict[str, Method]:
         "MoMo-Adam": contrib.momo_adam,
         GUARD: guard,
     }
+
+
+def chosen(names: Sequence[str], default: Sequence[str], steps: int) -> dict[str, Method]:
+    """What a suite compares.
+
+    Args:
+      names: What the user asks for: some of `baselines`, or `all` for every one; empty for the
+        suite's own choice.
+      default: The suite's own choice.
+      steps: Length of the runs.
+
+    Returns:
+      Name -> method.
+
+    Raises:
+      UserError: If a name is not known.
+    """
+    known = baselines(steps)
+    if tuple(names) == ("all",):
+        return known
+    for name in names:
+        if name not in known:
+            raise UserError(f"--methods {name!r}: unknown; choose from {', '.join(known)}, or all")
+    return {name: known[name] for name in names or default}
 
 
 def evaluated(opt_state: Any, params: Any) -> Any:

@@ -6,15 +6,19 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
 from experiments.batches import CroppedBatches
 from experiments.checkpoint import Checkpoints, cache_folder
-from experiments.data import Text, split
+from experiments.corpus import TRAIN, Corpus, wikitext
+from experiments.data import HELDOUT_FRACTION, Text, standard_library
+from experiments.errors import UserError
 from experiments.jobs import PretrainConfig
 from experiments.methods import pretraining
 from experiments.models.config import DecoderConfig
@@ -22,8 +26,32 @@ from experiments.models.decoder import Decoder
 from experiments.train import Metrics, Trainer
 
 
+def text_to_train_on(corpus: Corpus) -> Text:
+    """The documents that a corpus has for training, one after the other."""
+    documents = corpus.documents(TRAIN)
+    return Text(documents.name, "".join(documents).encode())
+
+
+def _library() -> Text:
+    """The standard library without its last tenth, on which no model here was ever trained."""
+    whole = standard_library()
+    size = len(whole.content) - int(len(whole.content) * HELDOUT_FRACTION)
+    return Text(whole.name, whole.content[:size])
+
+
+TEXTS: dict[str, Callable[[], Text]] = {
+    "standard-library": _library,
+    "wikitext-2": lambda: text_to_train_on(wikitext(2)),
+}
+"""Name in `PretrainConfig.text` -> the text."""
+
+
 def pretrained(
-    config: DecoderConfig, dtype: str, seq_len: int, recipe: PretrainConfig, text: Text
+    config: DecoderConfig,
+    dtype: str,
+    seq_len: int,
+    recipe: PretrainConfig,
+    text: Text | None = None,
 ) -> nnx.Module:
     """A decoder pretrained on a text, with a progress bar where that is still to be done.
 
@@ -34,19 +62,21 @@ def pretrained(
       dtype: Its compute dtype.
       seq_len: Predicted tokens per sequence.
       recipe: How it is trained. The seed is always 0, so that all seeds of a suite share a model.
-      text: What it is trained on, less its held-out part.
+      text: What it is trained on; None takes the recipe's.
 
     Returns:
       The model.
     """
+    text = text or TEXTS[recipe.text]()
+    if len(text.content) <= seq_len:
+        raise UserError(f"{text.name}: {len(text.content)} bytes, but {seq_len + 1} are needed")
     model = Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
     graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
     ingredients = {
         "config": dataclasses.asdict(config),
         "dtype": dtype,
         "seq_len": seq_len,
-        "recipe": dataclasses.asdict(recipe),
-        "text": text.sha256,
+        "recipe": dataclasses.asdict(recipe) | {"text": text.sha256},
         # Another version of the decoder may keep the same numbers elsewhere.
         "parameters": [
             [jax.tree_util.keystr(path), *leaf.shape]
@@ -64,9 +94,11 @@ def pretrained(
         vocabulary=config.vocab_size,
     )
     state = checkpoints.restore_or(trainer.init(params, recipe.learning_rate))
-    tokens, _ = split(text, seq_len)
     batches = CroppedBatches(
-        tokens, jax.random.key(0), batch_size=recipe.batch_size, seq_len=seq_len
+        np.frombuffer(text.content, np.uint8),
+        jax.random.key(0),
+        batch_size=recipe.batch_size,
+        seq_len=seq_len,
     )
     with tqdm(
         total=recipe.steps, initial=int(state.step), desc="pretraining", unit="step"

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.data import crop_batch, heldout_windows, python_manual, split, standard_library
+from experiments.data import crop_batch, heldout_windows, python_manual, split
 from experiments.lora import add_lora
 from experiments.models.decoder import Decoder
 from experiments.presets import BenchPreset
@@ -66,9 +66,7 @@ def language_tasks(preset: BenchPreset, names: tuple[str, ...] = TASKS) -> dict[
     )
     base = None
     if set(names) - {"scratch"}:
-        base = pretrained(
-            preset.model, "float32", preset.seq_len, preset.pretrain, standard_library()
-        )
+        base = pretrained(preset.model, "float32", preset.seq_len, preset.pretrain)
     makers = {"lora": _lora, "scratch": _scratch, "full": _full}
     return {
         name: Task(

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shared_data import shared_data
 
-from experiments.corpus import TEST, TRAIN, VALIDATION, Documents, read_corpus, wikitext103
+from experiments.corpus import TEST, TRAIN, VALIDATION, Documents, read_corpus, wikitext
 from experiments.errors import UserError
 
 WIKITEXT = """ 
@@ -114,7 +114,7 @@ def test_wikitext103_is_read_from_the_hub_by_row(monkeypatch):
     rows = datasets.Dataset.from_dict({"text": WIKITEXT.splitlines(keepends=True)})
     hub = datasets.DatasetDict({split: rows for split in (TRAIN, VALIDATION, TEST)})
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: hub)
-    assert len(list(wikitext103().documents(VALIDATION))) == 2
+    assert len(list(wikitext(103).documents(VALIDATION))) == 2
 
 
 def test_unreachable_hub_is_one_clear_line(monkeypatch):
@@ -123,7 +123,7 @@ def test_unreachable_hub_is_one_clear_line(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(UserError, match=r"WikiText-103 cannot be downloaded .* --data"):
-        wikitext103()
+        wikitext(103)
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,14 @@ from model_helpers import QWEN, decoder, write_tokenizer
 from experiments.models.hf import save_pretrained
 
 PROGRAM = """
-from experiments.corpus import wikitext103
+from experiments.corpus import wikitext
 from experiments.errors import UserError
 from experiments.models.hf import load_pretrained
 from experiments.tokenization import load_tokenizer
 
 print(load_pretrained("someone/tiny").config.hidden_size)
 print(load_tokenizer("someone/tiny").encode_batch(["a b"])[0].tolist())
-corpus = wikitext103()
+corpus = wikitext(103)
 print({split: list(corpus.documents(split)) for split in corpus.splits})
 try:
     load_pretrained("someone/absent")

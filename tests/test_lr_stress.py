@@ -124,6 +124,16 @@ class TestJob:
         assert after == before
         assert "±" in (tmp_path / "lr_stress" / "tiny" / "report.md").read_text()
 
+    def test_a_model_pretrained_on_the_users_text_is_another(self, finished, text, tmp_path):
+        own = tmp_path / "own"
+        own.write_text("x" * 400)
+        given = ("--pretrain-data", str(own), "--methods", "AdamW")
+        assert run(tmp_path, text, *given) == 0
+        ours, theirs = (measured(folder)[0][0] for folder in (tmp_path, finished))
+        assert ours["run"] == theirs["run"] == "zero-step, tiny, LoRA"
+        assert ours["heldout_loss"] != theirs["heldout_loss"]
+        assert run(tmp_path, text) == 2
+
     def test_other_settings_are_not_mixed(self, finished, text, capsys):
         before = measured(finished)
         assert run(finished) == 2
@@ -172,6 +182,17 @@ class TestErrors:
 
     def test_missing_data(self, error, tmp_path):
         assert "no such file or folder" in error("--data", str(tmp_path / "absent"))
+
+    def test_missing_data_to_pretrain_on(self, error, tmp_path):
+        line = error("--pretrain-data", str(tmp_path / "absent"))
+        assert "--pretrain-data" in line
+        assert "no such file or folder" in line
+
+    def test_short_data_to_pretrain_on(self, error, tmp_path):
+        (tmp_path / "text").mkdir()
+        (tmp_path / "text" / "train.txt").write_text("far too short")
+        line = error("--pretrain-data", str(tmp_path / "text"))
+        assert "train: 13 bytes, but 17 are needed" in line
 
     def test_empty_data(self, error, tmp_path):
         (tmp_path / "empty").touch()

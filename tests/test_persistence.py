@@ -21,8 +21,13 @@ def noise():
 
 def persistence(inner, grads, memory="step", params=PARAMS):
     tx = guard(inner, memory=memory)
-    _, _, state = exact_jit(lambda p, g: feed(tx, p, {"grads": g}))(params, grads)
-    return np.asarray(find(state).statistics.persistence)
+
+    @exact_jit
+    def run(params, grads):
+        _, _, states = feed(tx, params, {"grads": grads})
+        return find(states).statistics.persistence
+
+    return np.asarray(run(params, grads))
 
 
 def bearable(mean_cosine):

@@ -164,7 +164,7 @@ def test_a_healthy_path_is_identical(results):
     assert not any(stop["identical"] for stop in runs["paths at 100x, seed 0"]["stops"])
 
 
-def test_a_checkpoint_and_a_text_from_folders(tmp_path, cache, monkeypatch):
+def test_a_checkpoint_and_a_text_from_folders(tmp_path, cache, monkeypatch, capsys):
     """What the preset `paper` does, with a model and a tokenizer made here."""
     documents = [f"Line {i} of {i * i}.\n" for i in range(200)]
     bpe = tokenizers.ByteLevelBPETokenizer()
@@ -184,7 +184,11 @@ def test_a_checkpoint_and_a_text_from_folders(tmp_path, cache, monkeypatch):
     monkeypatch.setitem(lr_stress.PRESETS, "tiny", lr_stress.LrStressConfig(job, (10,)))
     options = ["--preset", "tiny", "--results", str(tmp_path), "--data", str(text)]
     command = ["lr-stress", "--methods", "AdamW", *options]
-    assert main([*command, "--models", str(tmp_path / "models")]) == 0
+    command += ["--models", str(tmp_path / "models")]
+    assert main([*command, "--pretrain-data", str(text)]) == 2
+    assert "someone/tiny is trained already" in capsys.readouterr().err
+    command += ["--fresh"]
+    assert main(command) == 0
     rows = _rows(tmp_path, "lr_stress")
     before = rows["zero-step, someone/tiny, LoRA"]
     assert float(rows["AdamW at 10x, seed 0"]["heldout_loss"]) < float(before["heldout_loss"])

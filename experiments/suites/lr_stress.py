@@ -9,24 +9,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated
-
-import tyro
 
 from experiments import jobs, plots
-from experiments.errors import UserError
 from experiments.finetune import Run
 from experiments.jobs import Job
 from experiments.lab import (
     Arguments,
     Lab,
+    Methods,
     Options,
     Record,
     mean_perplexity,
     perplexities,
     perplexity,
 )
-from experiments.methods import ADAMW, GUARD, baselines
+from experiments.methods import ADAMW, GUARD, chosen
 from experiments.report import Table, guard_table, number, with_spread
 
 PLOTTED_MULTIPLE = 100
@@ -34,6 +31,9 @@ PLOTTED_MULTIPLE = 100
 
 METHODS = (ADAMW, "AdamW + clip", GUARD)
 """What is compared by default."""
+
+STRONGEST = ("mechanize", "Prodigy", "D-Adapt AdamW")
+"""The peers that no learning rate of the nano table ruins."""
 
 PAPER_PERPLEXITIES = {1e-3: (659.76, 10.33), 3e-3: (1885.24, 11.57)}
 """Learning rate -> the paper's AdamW and LBW-Guard, for Qwen2.5-7B."""
@@ -47,11 +47,13 @@ class LrStressConfig:
     """What is fine-tuned."""
     multiples: tuple[float, ...] = (1, 3, 10, 30, 100, 300)
     """Learning rates, in units of the job's reference."""
+    methods: tuple[str, ...] = METHODS
+    """What is compared, where the user does not choose."""
 
 
 PRESETS = {
     "nano": LrStressConfig(jobs.NANO),
-    "small": LrStressConfig(jobs.SMALL),
+    "small": LrStressConfig(jobs.SMALL, methods=(ADAMW, *STRONGEST, GUARD)),
     "stories": LrStressConfig(jobs.STORIES, (0.1, 0.3, 1, 3, 10, 30, 100)),
     # 1e-3 and 3e-3 are the paper's.
     "paper": LrStressConfig(jobs.PAPER["7B"], (0.5, 1, 2.5, 5, 15, 50)),
@@ -59,11 +61,7 @@ PRESETS = {
 """Name -> settings."""
 
 
-Methods = Annotated[tuple[str, ...], tyro.conf.arg(metavar="METHOD ...")]
-"""Names on the command line."""
-
-
-def lr_stress(options: Arguments, methods: Methods = METHODS) -> None:
+def lr_stress(options: Arguments, methods: Methods = ()) -> None:
     """Fine-tunes at 1x to 300x the best learning rate, with and without guard.
 
     Run the same command again to resume an interrupted job, or to see the results of a finished
@@ -71,7 +69,8 @@ def lr_stress(options: Arguments, methods: Methods = METHODS) -> None:
 
     Args:
       options: What every suite asks.
-      methods: What is compared, by the names in the tables; `all` adds every peer.
+      methods: What is compared, by the names in the tables; `all` is every peer, and by default
+        the preset chooses.
     """
     sweep_rates("lr-stress", "Learning-rate stress", options, PRESETS, methods)
 
@@ -90,32 +89,28 @@ def sweep_rates(
       title: Title of its report.
       options: What every suite asks.
       presets: Name -> the suite's settings.
-      methods: What is compared, or `all`.
+      methods: What is compared; see `chosen`.
     """
     lab = Lab(suite, options, presets)
     job, multiples = lab.config.job, lab.config.multiples
-    known = baselines(job.steps)
-    chosen = tuple(known) if methods == ("all",) else methods
-    for name in chosen:
-        if name not in known:
-            raise UserError(f"--methods {name!r}: unknown; choose from {', '.join(known)}, or all")
+    compared = chosen(methods, lab.config.methods, job.steps)
     runs = {
         (method, multiple): Run(f"{method} at {multiple:g}x", method, job.rate(multiple))
         for multiple in multiples
-        for method in chosen
+        for method in compared
     }
     zero_step = lab.zero_step(job)
-    records = lab.measure(job, runs, known)
+    records = lab.measure(job, runs, compared)
     curves = {
         method: [(job.rate(multiple), records[method, multiple]) for multiple in multiples]
-        for method in chosen
+        for method in compared
     }
     means = {
         method: [(rate, mean_perplexity(found)) for rate, found in points]
         for method, points in curves.items()
     }
     tables = [_curve_table(curves, multiples, zero_step), _sensitivity_table(curves, zero_step)]
-    if options.preset == "paper" and {ADAMW, GUARD} <= set(chosen):
+    if options.preset == "paper" and {ADAMW, GUARD} <= compared.keys():
         tables.append(_paper_table(means))
     tables.append(
         guard_table({f"{m:g}x": records[GUARD, m] for m in multiples if (GUARD, m) in records})
@@ -123,7 +118,7 @@ def sweep_rates(
     best = min(ppl for _, ppl in means.get(ADAMW, next(iter(means.values()))))
     heading = f"{job.base.name} on {job.corpus}"
     pictures = {"perplexity.png": plots.lr_curves(means, zero_step, best, heading)}
-    if {ADAMW, GUARD} <= set(chosen) and PLOTTED_MULTIPLE in multiples:
+    if {ADAMW, GUARD} <= compared.keys() and PLOTTED_MULTIPLE in multiples:
         stressed = {
             method: lab.names(runs[method, PLOTTED_MULTIPLE])[0] for method in (ADAMW, GUARD)
         }

@@ -8,8 +8,8 @@ from experiments import jobs
 from experiments.errors import preset_of
 from experiments.finetune import Run
 from experiments.jobs import Job
-from experiments.lab import Arguments, Lab, perplexities
-from experiments.methods import ADAMW, GUARD, baselines
+from experiments.lab import Arguments, Lab, Methods, perplexities
+from experiments.methods import ADAMW, GUARD, chosen
 from experiments.report import Table, number
 
 PAPER_PERPLEXITIES = ("12.68 ± 0.14", "9.69 ± 0.06")
@@ -27,7 +27,7 @@ class SeedsConfig:
     multiples: tuple[float, ...] = (1, 10)
     """Learning rates, in units of the job's reference."""
     methods: tuple[str, ...] = (ADAMW, "AdamW, warmup + cosine", "Prodigy", GUARD)
-    """What is compared."""
+    """What is compared, where the user does not choose."""
 
 
 PRESETS = {
@@ -38,25 +38,28 @@ PRESETS = {
 """Name -> settings."""
 
 
-def seeds(options: Arguments) -> None:
+def seeds(options: Arguments, methods: Methods = ()) -> None:
     """Repeats the same runs with several seeds: mean and standard deviation.
 
     Args:
       options: What every suite asks.
+      methods: What is compared, by the names in the tables; `all` is every peer, and by default
+        the preset chooses.
     """
-    chosen = options.seeds or preset_of(PRESETS, options.preset).seeds
-    lab = Lab("seeds", dataclasses.replace(options, seeds=chosen), PRESETS)
+    several = options.seeds or preset_of(PRESETS, options.preset).seeds
+    lab = Lab("seeds", dataclasses.replace(options, seeds=several), PRESETS)
     config, job = lab.config, lab.config.job
+    compared = chosen(methods, config.methods, job.steps)
     runs = {
         (method, multiple): Run(f"{method} at {multiple:g}x", method, job.rate(multiple))
-        for method in config.methods
+        for method in compared
         for multiple in config.multiples
     }
     zero_step = lab.zero_step(job)
-    records = lab.measure(job, runs, baselines(job.steps))
+    records = lab.measure(job, runs, compared)
     rows = [
         [method, *(perplexities(records[method, multiple]) for multiple in config.multiples)]
-        for method in config.methods
+        for method in compared
     ]
     columns = [f"{multiple:g}x" for multiple in config.multiples]
     tables = [

@@ -7,8 +7,8 @@ import dataclasses
 from experiments import jobs
 from experiments.finetune import Run
 from experiments.jobs import Job
-from experiments.lab import Arguments, Lab, perplexities
-from experiments.methods import ADAMW, GUARD, baselines
+from experiments.lab import Arguments, Lab, Methods, perplexities
+from experiments.methods import ADAMW, GUARD, chosen
 from experiments.report import Table, guard_table, number
 
 
@@ -21,7 +21,7 @@ class SizesConfig:
     multiples: tuple[float, ...] = (1, 10)
     """Learning rates, in units of the job's reference."""
     methods: tuple[str, ...] = (ADAMW, "AdamW + clip", GUARD)
-    """What is compared."""
+    """What is compared, where the user does not choose."""
 
 
 def _sizes(job: Job, recipe: jobs.PretrainConfig, shapes: dict[str, tuple[int, int, int]]):
@@ -55,36 +55,44 @@ PRESETS = {
 """Name -> settings."""
 
 
-def sizes(options: Arguments) -> None:
+def sizes(options: Arguments, methods: Methods = ()) -> None:
     """Fine-tunes three sizes of one family, at the reference learning rate and above.
 
     Args:
       options: What every suite asks.
+      methods: What is compared, by the names in the tables; `all` is every peer, and by default
+        the preset chooses.
     """
     lab = Lab("sizes", options, PRESETS)
     config = lab.config
-    rows, guarded = [], {}
+    columns, guarded = {}, {}
     for size, job in config.sizes.items():
+        compared = chosen(methods, config.methods, job.steps)
         runs = {
             (method, multiple): Run(
                 f"{size}, {method} at {multiple:g}x", method, job.rate(multiple)
             )
             for multiple in config.multiples
-            for method in config.methods
+            for method in compared
         }
         zero_step = lab.zero_step(job)
-        records = lab.measure(job, runs, baselines(job.steps))
+        records = lab.measure(job, runs, compared)
         for multiple in config.multiples:
-            rows.append(
-                [size, number(zero_step), f"{multiple:g}x"]
-                + [perplexities(records[method, multiple]) for method in config.methods]
-            )
-            guarded[f"{size}, {multiple:g}x"] = records[GUARD, multiple]
+            column = f"{size}, {multiple:g}x"
+            columns[column] = {"zero-step": number(zero_step)} | {
+                method: perplexities(records[method, multiple]) for method in compared
+            }
+            if GUARD in compared:
+                guarded[column] = records[GUARD, multiple]
+    rows = [
+        [method, *(column[method] for column in columns.values())]
+        for method in next(iter(columns.values()))
+    ]
     lab.publish(
         "Sizes",
         "Does the guard do for models of other sizes what it does for one?",
         [
-            Table("Held-out perplexity", ["size", "zero-step", "LR", *config.methods], rows),
+            Table("Held-out perplexity", ["method", *columns], rows),
             guard_table(guarded),
         ],
         {},

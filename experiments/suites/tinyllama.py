@@ -6,8 +6,8 @@ import dataclasses
 
 from experiments import jobs
 from experiments.jobs import Job
-from experiments.lab import Arguments
-from experiments.suites.lr_stress import METHODS, LrStressConfig, Methods, sweep_rates
+from experiments.lab import Arguments, Methods
+from experiments.suites.lr_stress import LrStressConfig, sweep_rates
 
 
 def _llama(job: Job, name: str, reference_lr: float) -> Job:
@@ -32,11 +32,12 @@ PRESETS = {
 """Name -> settings."""
 
 
-def tinyllama(options: Arguments, methods: Methods = METHODS) -> None:
+def tinyllama(options: Arguments, methods: Methods = ()) -> None:
     """Fine-tunes every parameter of a Llama, from a low learning rate to 100 times the best.
 
     Args:
       options: What every suite asks.
-      methods: What is compared, by the names in the tables; `all` adds every peer.
+      methods: What is compared, by the names in the tables; `all` is every peer, and by default
+        the preset chooses.
     """
     sweep_rates("tinyllama", "Every parameter of a Llama", options, PRESETS, methods)
