@@ -41,13 +41,13 @@ class Law:
     # Envelope: how long a healthy step is.
     relative_step: float = 0.01
     """Longest healthy step over the parameters' norm, in the long run. AdamW's best learning rate
-    takes 0.3 to 1 % there on small decoders, with LoRA or without."""
+    takes 0.5 to 1 % there on small decoders, with LoRA or without."""
     relative_step_start: float = 0.03
     """The same for the first step, where Adam's step is a sign: later ones are about 4 times
     shorter because its first moment averages the noise away."""
     relative_step_power: float = 0.2
     """The first value falls with this power of the step, a little slower than AdamW's own steps do
-    at its best learning rate (0.3), so that a run at that rate is not caught."""
+    at its best learning rate (0.3), so that such a run is rarely caught with LoRA."""
     unset_size: float = 1e-3
     """Parameters whose root mean square is below this have no size of their own yet: a relative
     step says nothing about them."""
@@ -116,11 +116,11 @@ class Law:
     """Steps in a row that may have a pressure between the two before it counts as stress: at small
     batches healthy runs have single ones."""
     calm_ratio: float = 0.25
-    """Hysteresis: STRESS starts above the healthy length and ends below this share of it. At 0.5 a
+    """Hysteresis: STRESS ends below this share of the healthy length. At 0.5 a
     full fine-tune at 2 to 3 times its best learning rate was let go too early, and ended .06 nats
     worse."""
     calm_steps: int = 50
-    """Dwell: steps without suspicion before STRESS becomes RECOVERY."""
+    """Dwell: calm steps in a row before STRESS becomes RECOVERY."""
     recovery_steps: int = 20
     """Dwell: steps without an alarm before RECOVERY becomes STABLE."""
 

@@ -22,7 +22,8 @@ class Event:
       regime_after: the same after it.
       action: name of a :class:`lbw_optax.Action`.
       scale: the scale in force after it.
-      size: the decisive observation in units of its own threshold.
+      size: with an alarm the decisive observation in units of its own threshold, else the length
+        of the inner step over the longest healthy length.
     """
 
     step: int
