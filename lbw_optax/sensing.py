@@ -101,6 +101,30 @@ def inner_product(a: Any, b: Any) -> jax.Array:
     return sum(products, jnp.zeros([], jnp.float32))
 
 
+def estimated_product(sample: Any, last_step: Any, whole: Any) -> jax.Array:
+    """Estimates <`whole`, last applied step> from the entries that are remembered.
+
+    The product of each leaf counts for all of its entries: leaves are thinned by different factors,
+    and their gradients and steps differ.
+
+    Args:
+      sample: the entries of `whole` that match `last_step`.
+      last_step: what is remembered of the last applied step.
+      whole: gradients or a step.
+
+    Returns:
+      A float32 scalar; exact where everything is remembered, 0 where nothing is.
+    """
+    if not jax.tree.leaves(last_step):
+        return jnp.zeros([], jnp.float32)
+    products = [
+        jnp.size(z) / jnp.size(x) * inner_product(x, d)
+        for x, d, z in zip(*map(jax.tree.leaves, (sample, last_step, whole)), strict=True)
+        if is_inexact(d) and jnp.size(d)
+    ]
+    return sum(products, jnp.zeros([], jnp.float32))
+
+
 def finite_part(tree: Any) -> Any:
     """Returns `tree` with zero in the place of every entry that is not finite."""
     return jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0) if is_inexact(x) else x, tree)
@@ -171,8 +195,8 @@ def measure(
         "step": inner_product(usable, usable),
         "params": inner_product(params, params),
         "slope": inner_product(gradients, usable),
-        "overshoot": inner_product(sampled_gradients, last_step),
-        "alignment": inner_product(finite_part(sampled_step), last_step),
+        "overshoot": estimated_product(sampled_gradients, last_step, gradients),
+        "alignment": estimated_product(finite_part(sampled_step), last_step, step),
         "nonfinite": became_nonfinite(usable, step, scalars=True)
         + became_nonfinite(*inner_states, scalars=scalars),
         "size": jnp.float32(sum(x.size for x in jax.tree.leaves(gradients) if is_inexact(x))),
@@ -180,10 +204,9 @@ def measure(
     }
     if axis_name is not None:
         sums = jax.lax.psum(sums, axis_name)
-    coverage = sums["size"] / jnp.maximum(sums["sample"], 1)
     step_norm = jnp.sqrt(sums["step"])
     known = (sums["sample"] > 0) & (step_norm > 0) & (last_length > 0)
-    cosine = sums["alignment"] * coverage / jnp.where(known, step_norm, 1)
+    cosine = sums["alignment"] / jnp.where(known, step_norm, 1)
     cosine = cosine / jnp.where(known, last_length, 1)
     loss = jnp.float32(0) if loss is None else jnp.asarray(loss).astype(jnp.float32)
     return Telemetry(
@@ -192,7 +215,7 @@ def measure(
         step_norm=step_norm,
         parameter_norm=jnp.sqrt(sums["params"]),
         slope=sums["slope"],
-        overshoot=sums["overshoot"] * coverage,
+        overshoot=sums["overshoot"],
         alignment=jnp.where(known & jnp.isfinite(cosine), jnp.clip(cosine, -1, 1), 1),
         size=sums["size"],
         loss_finite=jnp.isfinite(loss),

@@ -7,7 +7,8 @@ import optax
 import pytest
 from helpers import actions, at, exact_jit, feed, is_finite, norm
 
-from lbw_optax import Action, guard, report
+from lbw_optax import Action, guard, report, sensing
+from lbw_optax import memory as memories
 
 BIG = {"w": jnp.ones((64, 96)), "wide": jnp.ones((3, 2048)), "b": jnp.ones(96)}
 SMALL = {"w": jnp.linspace(0.5, 1.5, 12).reshape(4, 3), "b": jnp.ones(3)}
@@ -118,3 +119,11 @@ def test_sample_estimates_the_overshoot_of_the_whole():
         for memory in ("sparse", "step")
     ]
     np.testing.assert_allclose(means[0], means[1], rtol=1e-3)
+
+
+def test_leaves_that_are_kept_whole_count_for_no_more_than_they_are():
+    levels = {"w": 1.0, "wide": -2.0, "b": 100.0}
+    grads = {name: level * BIG[name] for name, level in levels.items()}
+    kept = memories.pick(BIG, memories.allocate("sparse", BIG))
+    found = sensing.estimated_product(memories.pick(grads, kept), kept, grads)
+    np.testing.assert_allclose(found, sensing.inner_product(grads, BIG), rtol=1e-6)
