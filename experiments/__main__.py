@@ -42,7 +42,9 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: run the same command again to resume", file=sys.stderr)
+        print(
+            "interrupted: run the same command again, without --fresh, to resume", file=sys.stderr
+        )
         return 130
     return 0
 

@@ -32,8 +32,10 @@ _SPLIT_WORDS = {
     "validation": VALIDATION,
     "test": TEST,
 }
-_TEXT_FILES = (".txt", ".raw")
+_TEXT_FILES = (".txt", ".raw", ".tokens")
 _ROW_FILES = {".parquet": "parquet", ".jsonl": "json"}
+# What holds data too, and would else be taken for text.
+_OTHER_FILES = (".arrow", ".csv", ".gz", ".json", ".tsv", ".zip", ".zst")
 _TEXT_COLUMN = "text"
 
 # The heading of a WikiText article. Sections have more signs: " = = History = = ".
@@ -147,9 +149,9 @@ def read_corpus(path: Path) -> Corpus:
 
     Args:
       path: A folder with files whose names have the word train, valid, validation or test, such as
-        `train.txt` or `test-00000-of-00001.parquet`: these are the splits. Otherwise a file, or a
-        folder of files: of its characters nine tenths are trained on, and the rest is half
-        validation and half test.
+        `train.txt` or `test-00000-of-00001.parquet`, or with folders of these names: these are the
+        splits. Otherwise a file, or a folder of files: of its characters nine tenths are trained
+        on, and the rest is half validation and half test.
 
     Returns:
       The corpus, named after the path.
@@ -188,16 +190,24 @@ def _corpus(name: str, readers: Mapping[str, Callable[[], Iterable[str]]]) -> Co
 def _split_files(path: Path) -> dict[str, list[Path]]:
     """The files of a folder that are named after a split, by split and in order."""
     found = {}
-    for file in sorted(path.iterdir()) if path.is_dir() else []:
-        words = re.split("[^a-z]+", file.name.lower())
+    for entry in sorted(path.iterdir()) if path.is_dir() else []:
+        name = entry.name.lower()
+        # Of a folder the whole name counts: `test` may have a split, `test_data` anything.
+        words = [name] if entry.is_dir() else re.split("[^a-z]+", name)
         split = next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), None)
-        if split and file.is_file() and file.suffix in (*_TEXT_FILES, *_ROW_FILES):
-            found.setdefault(split, []).append(file)
+        for file in (walk(entry) if entry.is_dir() else [entry]) if split else []:
+            if file.suffix.lower() in (*_TEXT_FILES, *_ROW_FILES):
+                found.setdefault(split, []).append(file)
+            elif file.suffix.lower() in _OTHER_FILES:
+                raise UserError(
+                    f"{file}: a split by its name, but its type is none of "
+                    f"{', '.join((*_TEXT_FILES, *_ROW_FILES))}"
+                )
     return {split: found[split] for split in (TRAIN, VALIDATION, TEST) if split in found}
 
 
 def _is_readable(file: Path) -> bool:
-    return file.suffix in _ROW_FILES or is_utf8(file.read_bytes())
+    return file.suffix.lower() in _ROW_FILES or is_utf8(file.read_bytes())
 
 
 def _part(documents: Iterable[str], start: int, stop: int) -> Iterator[str]:
@@ -212,7 +222,7 @@ def _part(documents: Iterable[str], start: int, stop: int) -> Iterator[str]:
 
 
 def _read_files(files: Iterable[Path]) -> Iterator[str]:
-    tables = [file for file in files if file.suffix in _ROW_FILES]
+    tables = [file for file in files if file.suffix.lower() in _ROW_FILES]
     for file in files:
         if file not in tables:
             yield from _of_text(file)
@@ -236,7 +246,7 @@ def _rows(file: Path) -> Iterator[str]:
 
     try:
         table = datasets.load_dataset(
-            _ROW_FILES[file.suffix], data_files=str(file), split="train", streaming=True
+            _ROW_FILES[file.suffix.lower()], data_files=str(file), split="train", streaming=True
         )
         yield from _texts(table, str(file))
     except StopIteration:  # What the loader makes of an empty file.

@@ -6,26 +6,40 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import types
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import jax
 
+import experiments
 import lbw_optax
 from experiments.data import python_manual, standard_library
+
+_SHOWING = ("plots.py", "report.py")
+"""Modules of the experiments that no number depends on."""
+
+
+def _digest(package: types.ModuleType, skip: Collection[str] = ()) -> str:
+    """A hash of a package's sources."""
+    folder = Path(package.__path__[0])
+    sources = sorted(
+        path for path in folder.rglob("*.py") if str(path.relative_to(folder)) not in skip
+    )
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
 
 
 @functools.cache  # The code that was imported counts, not what becomes of its files later.
 def versions() -> dict[str, str]:
-    """Package -> version; that of `lbw_optax` ends in a hash of its sources.
+    """Package -> version; those of `lbw_optax` and of the experiments are hashes of their sources.
 
     The hash tells apart the states of a package under development, whose version stays the same.
     """
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
     found = {name: importlib.metadata.version(name) for name in packages}
-    sources = sorted(Path(lbw_optax.__file__).parent.rglob("*.py"))
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
-    return found | {"lbw_optax": f"{importlib.metadata.version('lbw_optax')}+{digest}"}
+    found["lbw_optax"] = f"{importlib.metadata.version('lbw_optax')}+{_digest(lbw_optax)}"
+    return found | {"experiments": _digest(experiments, _SHOWING)}
 
 
 def described(suite: str, preset: str, settings: Any) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 Value = TypeVar("Value")
@@ -10,6 +12,18 @@ Value = TypeVar("Value")
 
 class UserError(Exception):
     """Something the user can put right: its message is one line that says what and how."""
+
+
+@contextlib.contextmanager
+def reading(file: str | Path) -> Iterator[None]:
+    """Makes one clear line of whatever a library says of a damaged file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # Each format has errors of its own.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{file}: cannot be read ({reason})") from error
 
 
 def preset_of(presets: Mapping[str, Value], name: str) -> Value:

@@ -28,7 +28,7 @@ from experiments.models.decoder import Decoder
 from experiments.models.hf import load_pretrained
 from experiments.models.llama2c import load_llama2c
 from experiments.models.loss import next_token_sums
-from experiments.models.sharding import shard
+from experiments.models.sharding import on_mesh, shard
 from experiments.models.zoo import ZOO
 from experiments.pretrain import pretrained
 from experiments.results import Results
@@ -126,8 +126,8 @@ class Finetune:
       job: The job.
       dataset: What is trained on and held out.
       models: Folder of Hugging Face checkpoints; None looks on the hub.
-      mesh: Devices that share the work; None: the default one. With a mesh, everything has to be
-        called under `jax.set_mesh(mesh)`.
+      mesh: Devices that share the work, where the methods have to be called, see `on_mesh`; None:
+        the default one.
       text: What a base model that is made here is pretrained on; None takes its recipe's.
     """
 
@@ -142,15 +142,18 @@ class Finetune:
         self.job = job
         self._dataset = dataset
         self._mesh = mesh
+        # Not on the mesh: what is pretrained here does not depend on it.
         model = _load(job, models, mesh, text)
         if dataset.vocabulary > model.config.vocab_size:
             raise UserError(
                 f"{job.base.name}: its tokenizer has {dataset.vocabulary} tokens, more than the "
                 f"{model.config.vocab_size} that the model knows"
             )
-        self._base = nnx.split(model)
+        graphdef, state = nnx.split(model)
+        self._base = graphdef, state if mesh is None else shard(state, mesh)
         self._trainers: dict[Method, Trainer] = {}
-        model = nnx.merge(*self.start(0))
+        with on_mesh(mesh):
+            model = nnx.merge(*self.start(0))
         self._graphdef = nnx.graphdef(model)
         model.eval()  # Without dropout, here and below.
         graphdef = nnx.graphdef(model)

@@ -29,6 +29,8 @@ class PretrainConfig:
     """Steps between checkpoints, a multiple of `chunk_steps`."""
     text: str = "standard-library"
     """What is trained on: a name that `experiments.pretrain` knows."""
+    remat: str = "none"
+    """What is computed again in the backward pass: none, dots or full."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +161,7 @@ SMALL_RECIPE = PretrainConfig(
     chunk_steps=50,
     checkpoint_steps=1000,
     text="wikitext-2",
+    remat="dots",
 )
 
 SMALL = Job(
@@ -173,6 +176,7 @@ SMALL = Job(
     checkpoint_steps=250,
     heldout_batch_size=16,
     dtype="bfloat16",
+    remat="dots",
 )
 """A LoRA fine-tune of a 91M-parameter byte model on one GPU with 24 GB. Not run yet. The model is
 pretrained on WikiText-2, which the hub has; `--pretrain-data` takes another text."""

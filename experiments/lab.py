@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import statistics
@@ -22,7 +21,7 @@ from experiments.errors import UserError, checked_seeds, preset_of
 from experiments.finetune import Finetune, Run
 from experiments.jobs import Job
 from experiments.methods import Method
-from experiments.models.sharding import make_mesh
+from experiments.models.sharding import make_mesh, on_mesh
 from experiments.pretrain import text_to_train_on
 from experiments.report import Table, number, with_spread, write_report
 from experiments.results import Results
@@ -77,7 +76,8 @@ class Lab(Generic[Config]):
         self.config = preset_of(presets, options.preset)
         self.options = options
         self.seeds = checked_seeds(options.seeds or (0,))
-        self._mesh = _mesh(options.mesh)
+        self.mesh = _mesh(options.mesh)
+        """Where a `Finetune` is used, see `on_mesh`."""
         self._finetune: Finetune | None = None
         self._corpus = _read("--data", options.data)
         pretraining = _read("--pretrain-data", options.pretrain_data)
@@ -97,25 +97,20 @@ class Lab(Generic[Config]):
         if self._finetune is None or self._finetune.job != job:
             self._finetune = None  # Before the next one is made: there is no room for two.
             dataset = Dataset(job, self._corpus, self.options.models)
-            self._finetune = Finetune(
-                job, dataset, self.options.models, self._mesh, text=self._text
-            )
+            self._finetune = Finetune(job, dataset, self.options.models, self.mesh, text=self._text)
         return self._finetune
 
     def zero_step(self, job: Job) -> float:
         """Held-out perplexity of a job's model before the first step."""
-        return math.exp(self.zero_step_loss(job))
-
-    def zero_step_loss(self, job: Job) -> float:
-        """Held-out loss of a job's model before the first step, in nats per token."""
         name = f"zero-step, {job.base.name}, {'LoRA' if job.lora else 'full'}"
         if name not in self.folder.runs:
-            with self.on_mesh():
+            finetune = self.finetune(job)
+            with on_mesh(self.mesh):
                 # Corrections start without effect: the seed does not matter.
-                start = self.finetune(job).start(self.seeds[0])
-                loss = self.finetune(job).heldout_loss(start.params, start.frozen)
+                start = finetune.start(self.seeds[0])
+                loss = finetune.heldout_loss(start.params, start.frozen)
             self.folder.finish(name, {"heldout_loss": loss})
-        return self.folder.runs[name]["heldout_loss"]
+        return perplexity(self.folder.runs[name])
 
     def measure(
         self,
@@ -129,7 +124,7 @@ class Lab(Generic[Config]):
         Args:
           job: What they are runs of.
           runs: What the suite calls them -> the runs, without a seed; their names are unique in the
-            suite.
+            suite, and a run that has several names there is done once.
           methods: Name -> optimizer.
           eval_steps: Steps between measurements of the held-out loss; by default only the last.
 
@@ -137,15 +132,15 @@ class Lab(Generic[Config]):
           What the suite calls them -> their records, in the order of the runs and of the seeds.
         """
         # Seed by seed: a job that is cut short leaves whole tables of the first ones.
-        seeded = [run.seeded(seed) for seed in self.seeds for run in runs.values()]
+        seeded = [run.seeded(seed) for seed in self.seeds for run in dict.fromkeys(runs.values())]
         todo = [run for run in seeded if run.name not in self.folder.runs]
         if todo:
             total, left = len(seeded) * job.steps, len(todo) * job.steps
+            finetune = self.finetune(job)
             with (
-                self.on_mesh(),
+                on_mesh(self.mesh),
                 tqdm(total=total, initial=total - left, unit="step") as progress,
             ):
-                finetune = self.finetune(job)
                 for run in todo:
                     progress.set_description(run.name)
                     finetune.do(
@@ -166,9 +161,11 @@ class Lab(Generic[Config]):
     ) -> None:
         """Writes summary, pictures and report, and prints the tables."""
         runs = self.folder.runs
-        rows = [{"run": name, **record} for name, record in runs.items()]
-        for row in rows:
-            row["heldout_perplexity"] = perplexity(row)
+        rows = [
+            {"run": name, **record, "heldout_perplexity": perplexity(record)}
+            for name, record in runs.items()
+            if "heldout_loss" in record
+        ]
         self.folder.write_csv("summary.csv", rows)
         seconds = sum(record.get("seconds", 0.0) for record in runs.values())
         made = [
@@ -178,10 +175,6 @@ class Lab(Generic[Config]):
         ]
         heading = f"{title}, {self.options.preset}"
         write_report(self.folder, heading, question, tables, pictures, made)
-
-    def on_mesh(self) -> contextlib.AbstractContextManager:
-        """Where a `Finetune` has to be made and used."""
-        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
 
 def _mesh(shape: tuple[int, int, int]) -> Mesh | None:
@@ -204,9 +197,8 @@ def _read(flag: str, path: Path | None) -> Corpus | None:
 
 
 def _describe(corpus: Corpus) -> dict[str, str]:
-    """The user's text: where it is and what is in it."""
-    hashes = {name: documents.digest.sha256 for name, documents in corpus.splits.items()}
-    return {"path": corpus.name} | hashes
+    """What is in the user's text, wherever it is."""
+    return {name: documents.digest.sha256 for name, documents in corpus.splits.items()}
 
 
 def perplexity(record: Record) -> float:

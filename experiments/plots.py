@@ -48,7 +48,10 @@ def _line(method: str, methods: Iterable[str]) -> dict[str, Any]:
 
 
 def lr_curves(
-    curves: Mapping[str, Sequence[tuple[float, float]]], zero_step: float, best: float, title: str
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    zero_step: float,
+    best: float | None,
+    title: str,
 ) -> bytes:
     """Held-out perplexity against the learning rate, one line per method, on log-log axes.
 
@@ -56,7 +59,7 @@ def lr_curves(
       curves: Method -> its (learning rate, perplexity) points; a perplexity above ten times the
         zero-step one, or not finite, is drawn as an arrow at the top.
       zero_step: Perplexity before fine-tuning.
-      best: The lowest perplexity of unguarded AdamW.
+      best: The lowest perplexity of unguarded AdamW, if it is known.
       title: Title of the picture.
 
     Returns:
@@ -73,10 +76,10 @@ def lr_curves(
             lines += axes.plot(rates, shown, markersize=5, label=method, **style)
             for rate in rates[shown >= top]:
                 axes.plot(rate, top, "^", color=style["color"], markersize=10)
-        for name, level, offset in (
-            ("zero-step", zero_step, 3),
-            ("best AdamW", min(best, top), -11),
-        ):
+        levels = [("zero-step", zero_step, 3)]
+        if best is not None:
+            levels += [("best AdamW", min(best, top), -11)]
+        for name, level, offset in levels:
             axes.axhline(level, color="0.35", linestyle="--", linewidth=1, zorder=1)
             note = axes.annotate(
                 f"{name} {level:.2f}",

@@ -70,7 +70,7 @@ def pretrained(
     text = text or TEXTS[recipe.text]()
     if len(text.content) <= seq_len:
         raise UserError(f"{text.name}: {len(text.content)} bytes, but {seq_len + 1} are needed")
-    model = Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    model = Decoder(config, dtype=jnp.dtype(dtype), remat=recipe.remat, rngs=nnx.Rngs(0))
     graphdef, params, frozen = nnx.split(model, nnx.Param, ...)
     ingredients = {
         "config": dataclasses.asdict(config),

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import shutil
+import urllib.parse
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from experiments.errors import UserError
 _CONFIG, _METRICS, _EVENTS, _RUNS = "config.json", "metrics.jsonl", "events.jsonl", "runs.json"
 _ROWS = "rows.jsonl"
 _CHECKPOINTS = "checkpoints"
+_MEASURED = (_METRICS, _EVENTS, _RUNS, _ROWS, _CHECKPOINTS)
 
 
 class Results:
@@ -53,7 +55,7 @@ class Results:
 
     def checkpoint_folder(self, run: str) -> Path:
         """Where an unfinished run keeps its state."""
-        return self.folder / _CHECKPOINTS / run
+        return self.folder / _CHECKPOINTS / urllib.parse.quote(run, safe=" ")
 
     def start(self, run: str, step: int) -> None:
         """Prepares the logs for a run that goes on after `step` steps; drops what is past it."""
@@ -106,9 +108,10 @@ class Results:
 
     def _adopt(self, config: dict[str, Any]) -> None:
         config = json.loads(json.dumps(config))  # As it will be read back: tuples become lists.
-        found = self._read_json(_CONFIG, config)
+        found = self._read_json(_CONFIG, {})
         differing = sorted(k for k in config.keys() | found.keys() if config.get(k) != found.get(k))
-        if differing:
+        # A job that failed before it measured anything leaves its settings and nothing else.
+        if differing and any((self.folder / name).exists() for name in _MEASURED):
             raise UserError(
                 f"{self.folder} holds results of another job (different {', '.join(differing)}): "
                 "choose another --results, or --fresh to start over"
@@ -117,9 +120,10 @@ class Results:
 
     def _clear(self) -> None:
         # Only what a job writes: the folder is the user's, and may hold more.
-        for name in (_CONFIG, _METRICS, _EVENTS, _RUNS, _ROWS):
-            (self.folder / name).unlink(missing_ok=True)
         shutil.rmtree(self.folder / _CHECKPOINTS, ignore_errors=True)
+        # The settings last: a kill before that leaves a folder that another job does not adopt.
+        for name in (_METRICS, _EVENTS, _RUNS, _ROWS, _CONFIG):
+            (self.folder / name).unlink(missing_ok=True)
 
     def _read_json(self, name: str, default: Any) -> Any:
         path = self.folder / name

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from experiments.data import BYTE_VOCABULARY
-from experiments.errors import UserError
+from experiments.errors import UserError, reading
 
 BYTES = "bytes"
 """Name of the tokenizer whose tokens are the bytes of a text."""
@@ -74,7 +74,8 @@ class PretrainedTokenizer:
 
         if not (folder / "tokenizer.json").is_file():
             raise UserError(f"tokenizer {folder}: there is no tokenizer.json in it")
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        with reading(folder / "tokenizer.json"):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         leading = tokenizer("")["input_ids"]
         separator = leading[0] if leading else tokenizer.eos_token_id
         if separator is None:

@@ -61,6 +61,26 @@ def test_rows_are_documents_or_the_lines_of_wikitext(tmp_path):
     assert corpus.documents(TEST).digest == corpus.documents(VALIDATION).digest
 
 
+@pytest.mark.parametrize(
+    "name", ["{}/part.txt", "wiki.{}.tokens", "{}.TXT", "{}.JSONL"], ids=lambda name: name
+)
+def test_splits_are_told_by_file_and_folder(tmp_path, name):
+    for split in ("train", "test"):
+        file = tmp_path / name.format(split)
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"text": split}) if "JSONL" in name else split)
+    corpus = read_corpus(tmp_path)
+    assert list(corpus.documents(TRAIN)) == ["train"]
+    assert list(corpus.documents(TEST)) == ["test"]
+
+
+def test_folders_of_code_have_no_splits(tmp_path):
+    (tmp_path / "test").mkdir()
+    for name in ("test/cases.py", "train.py", "main.py"):
+        (tmp_path / name).write_text("pass\n" * 10)
+    assert set(read_corpus(tmp_path).splits) == {TRAIN, VALIDATION, TEST}
+
+
 def test_text_without_splits_is_cut_at_nine_tenths(tmp_path):
     text = "<|endoftext|>\n".join(f"document {i:03}\n" for i in range(100))
     (tmp_path / "notes").write_text(text)
@@ -96,6 +116,7 @@ def test_digest_tells_where_documents_end(texts):
         ("train.txt", b" \n", "train: there is no text in it"),
         ("test.txt", b"hello", "no train split, only test"),
         ("notes", b"\xff", "there is no text in it"),
+        ("train.csv", b"a,b", "train.csv: a split by its name, but its type is none of .txt"),
     ],
 )
 def test_unusable_files_are_named(tmp_path, file, content, message):

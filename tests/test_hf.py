@@ -139,6 +139,14 @@ def test_a_folder_without_the_files_is_refused(tmp_path):
         load_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", [hf.CONFIG, hf.WEIGHTS])
+def test_a_damaged_file_is_named(tmp_path, name):
+    save_pretrained(decoder(QWEN), tmp_path)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match=rf"{name}: cannot be read \(.+\)$"):
+        load_pretrained(tmp_path)
+
+
 def test_hub(folder, monkeypatch):
     def download(name, allow_patterns):
         if name != "someone/model":

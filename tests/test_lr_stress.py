@@ -11,6 +11,7 @@ from suite_helpers import TINY_JOB
 
 from experiments import plots
 from experiments.__main__ import main
+from experiments.errors import UserError
 from experiments.results import Results
 from experiments.suites import lr_stress
 
@@ -134,6 +135,15 @@ class TestJob:
         assert ours["heldout_loss"] != theirs["heldout_loss"]
         assert run(tmp_path, text) == 2
 
+    def test_a_method_that_sets_its_own_rate_runs_once(self, text, tmp_path):
+        assert run(tmp_path, text, "--methods", "Prodigy") == 0
+        _, only = measured(tmp_path)[0]
+        assert only["run"] == "Prodigy, seed 0"
+        report = (tmp_path / "lr_stress" / "tiny" / "report.md").read_text()
+        found = re.search(r"\| Prodigy \| (\S+) \| (\S+) \|", report)
+        assert found[1] == found[2]
+        assert "What the guard did" not in report
+
     def test_other_settings_are_not_mixed(self, finished, text, capsys):
         before = measured(finished)
         assert run(finished) == 2
@@ -151,6 +161,31 @@ def test_fresh_drops_the_job_and_keeps_the_users_files(tmp_path):
     assert results.runs == {}
     assert results.metrics("a") == []
     assert (tmp_path / "notes.txt").exists()
+
+
+def test_settings_of_a_job_that_measured_nothing_are_replaced(tmp_path):
+    Results(tmp_path, {"models": "mistyped"}, fresh=False)
+    results = Results(tmp_path, {"models": "right"}, fresh=False)
+    results.finish("a", {"heldout_loss": 1.0})
+    with pytest.raises(UserError, match="different models"):
+        Results(tmp_path, {"models": "other"}, fresh=False)
+
+
+def test_a_kill_while_clearing_leaves_nothing_to_another_job(tmp_path, monkeypatch):
+    Results(tmp_path, {"seed": 0}, fresh=False).finish("a", {"heldout_loss": 1.0})
+    removed = []
+
+    def unlink(path, missing_ok):
+        removed.append(path)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.unlink", unlink)
+        with pytest.raises(KeyboardInterrupt):
+            Results(tmp_path, {"seed": 1}, fresh=True)
+    assert removed
+    with pytest.raises(UserError, match="different seed"):
+        Results(tmp_path, {"seed": 1}, fresh=False)
 
 
 class TestErrors:

@@ -50,7 +50,9 @@ FULL = dataclasses.replace(
 TINY = {
     clipping: clipping.ClippingConfig(TINY_JOB, norms=(0.1,)),
     failures: failures.FailuresConfig(TINY_JOB, methods=("AdamW", "guard(AdamW)")),
-    lr_stress: lr_stress.LrStressConfig(TINY_JOB, multiples=(1, 100)),
+    lr_stress: lr_stress.LrStressConfig(
+        TINY_JOB, multiples=(1, 100), paper={TINY_JOB.rate(100): (123.4, 5.67)}
+    ),
     neutrality: neutrality.NeutralityConfig(
         TINY_JOB, multiples=(10,), path_multiples=(0.5, 100), stops=2, probes=2
     ),
@@ -105,6 +107,15 @@ def test_the_index_leads_to_every_report(results):
         path = f"{name.replace('-', '_')}/tiny/report.md"
         assert f"({path})" in index
         assert (results / path).is_file()
+
+
+def test_the_papers_numbers_are_beside_those_of_its_model(results):
+    reports = {
+        suite: (results / suite / "tiny" / "report.md").read_text()
+        for suite in ("lr_stress", "tinyllama")
+    }
+    assert "| 0.1 | 123.40 |" in reports["lr_stress"]
+    assert "paper" not in reports["tinyllama"]
 
 
 def test_reference_measures_the_loss_on_the_way(results):
@@ -194,8 +205,9 @@ def test_a_checkpoint_and_a_text_from_folders(tmp_path, cache, monkeypatch, caps
     assert float(rows["AdamW at 10x, seed 0"]["heldout_loss"]) < float(before["heldout_loss"])
 
 
-def test_eight_devices_end_as_one(results, cache, tmp_path, monkeypatch):
-    monkeypatch.setenv("LBW_OPTAX_CACHE", str(cache))
+def test_eight_devices_end_as_one(results, tmp_path, monkeypatch):
+    # With a cache of its own: the model is pretrained here too, and is the same.
+    monkeypatch.setenv("LBW_OPTAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(lr_stress.PRESETS, "tiny", lr_stress.LrStressConfig(TINY_JOB, (100,)))
     options = ["--preset", "tiny", "--results", str(tmp_path), "--mesh", "2", "2", "2"]
     assert main(["lr-stress", "--methods", "guard(AdamW)", *options]) == 0

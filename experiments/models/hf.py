@@ -11,7 +11,7 @@ from flax import nnx
 from huggingface_hub import snapshot_download
 from jax.sharding import Mesh
 
-from experiments.errors import UserError
+from experiments.errors import UserError, reading
 from experiments.models.config import DecoderConfig
 from experiments.models.decoder import Decoder
 from experiments.models.tensors import read_params, write_params
@@ -47,7 +47,7 @@ def load_pretrained(
     folder = _folder(source)
     if not (folder / CONFIG).is_file():
         raise UserError(f"{folder}: has no {CONFIG}")
-    config = DecoderConfig.from_hf(json.loads((folder / CONFIG).read_text()))
+    config = DecoderConfig.from_hf(_read_json(folder / CONFIG))
     model = nnx.eval_shape(
         lambda: Decoder(config, dtype=dtype, param_dtype=param_dtype, **settings, rngs=nnx.Rngs(0))
     )
@@ -97,13 +97,18 @@ def _folder(source: str | Path) -> Path:
         ) from error
 
 
+def _read_json(file: Path) -> Any:
+    with reading(file):
+        return json.loads(file.read_text())
+
+
 def _weights(folder: Path) -> list[Path]:
     """The safetensors files of a model."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
         raise UserError(f"{folder}: has neither {WEIGHTS} nor {INDEX}")
-    parts = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+    parts = set(_read_json(folder / INDEX)["weight_map"].values())
     missing = sorted(part for part in parts if not (folder / part).is_file())
     if missing:
         raise UserError(f"{folder}: lacks {', '.join(missing)}, which {INDEX} lists")

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.errors import UserError
+from experiments.errors import UserError, reading
 from experiments.models.config import DecoderConfig
 from experiments.models.decoder import Decoder
 
@@ -44,8 +44,9 @@ def load_llama2c(file: str | Path, *, dtype: jnp.dtype = jnp.float32) -> Decoder
       UserError: The file's size does not fit its header.
     """
     content = _read(file)
-    d, f, layers, n, k, v, seq_len = np.frombuffer(content[:28], "<i4").tolist()
-    h = d // n
+    with reading(file):
+        d, f, layers, n, k, v, seq_len = np.frombuffer(content[:28], "<i4").tolist()
+        h = d // n
     config = DecoderConfig(
         hidden_size=d,
         intermediate_size=f,

@@ -11,6 +11,7 @@ it that activations stay split like the batch; without a mesh nothing here chang
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +54,11 @@ def make_mesh(
     if int(np.prod(shape)) != len(devices):
         raise ValueError(f"data * fsdp * tensor is {shape}, but there are {len(devices)} devices")
     return jax.make_mesh(shape, AXES, (AxisType.Auto,) * 3, devices=devices)
+
+
+def on_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """Where what lives on a mesh is computed with; without a mesh, where everything is."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def partition_spec(path: Sequence[str], ndim: int) -> P:

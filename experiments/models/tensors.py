@@ -18,7 +18,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from experiments.errors import UserError
+from experiments.errors import UserError, reading
 from experiments.models.sharding import shardings
 
 # Last name of a parameter whose name is not the same in PyTorch.
@@ -80,7 +80,8 @@ def read_params(
     """
     tensors = {}
     for file in files:
-        opened = safe_open(file, framework="np")
+        with reading(file):
+            opened = safe_open(file, framework="np")
         tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
     flat = nnx.to_flat_state(params)
     _check_tensors(flat, tensors, files[0].parent, ignored)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import statistics
 
 from experiments import jobs
 from experiments.faults import Fault, drills
 from experiments.finetune import Run
 from experiments.jobs import Job
-from experiments.lab import Arguments, Lab, Record, perplexities
+from experiments.lab import Arguments, Lab, Record, perplexities, perplexity
 from experiments.methods import ADAMW, GUARD, baselines
 from experiments.report import Table, number
 
@@ -80,7 +82,6 @@ def failures(options: Arguments) -> None:
     lab = Lab("failures", options, PRESETS)
     config = lab.config
     zero_step = lab.zero_step(config.job)
-    zero_loss = lab.zero_step_loss(config.job)
     faults: dict[str, Fault | None] = {**drills(config.job.steps), "none": None}
     records: dict[str, dict[str, list[Record]]] = {}
     for name, scenario in config.scenarios().items():
@@ -95,8 +96,8 @@ def failures(options: Arguments) -> None:
             for method in config.methods
         }
         records[name] = lab.measure(job, runs, baselines(job.steps))
-    clean = [record["heldout_loss"] for record in records[CLEAN][ADAMW]]
-    bar = (zero_loss + sum(clean) / len(clean)) / 2
+    clean = statistics.fmean(math.log(perplexity(record)) for record in records[CLEAN][ADAMW])
+    bar = (math.log(zero_step) + clean) / 2
     failing = {name: cells for name, cells in records.items() if name != CLEAN}
     productive = [
         [method, *(_share([record for c in failing.values() for record in c[method]], bar))]

@@ -23,7 +23,7 @@ from experiments.lab import (
     perplexities,
     perplexity,
 )
-from experiments.methods import ADAMW, GUARD, chosen
+from experiments.methods import ADAMW, GUARD, RATE_FREE, chosen
 from experiments.report import Table, guard_table, number, with_spread
 
 PLOTTED_MULTIPLE = 100
@@ -34,9 +34,6 @@ METHODS = (ADAMW, "AdamW + clip", GUARD)
 
 STRONGEST = ("mechanize", "Prodigy", "D-Adapt AdamW")
 """The peers that no learning rate of the nano table ruins."""
-
-PAPER_PERPLEXITIES = {1e-3: (659.76, 10.33), 3e-3: (1885.24, 11.57)}
-"""Learning rate -> the paper's AdamW and LBW-Guard, for Qwen2.5-7B."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +46,19 @@ class LrStressConfig:
     """Learning rates, in units of the job's reference."""
     methods: tuple[str, ...] = METHODS
     """What is compared, where the user does not choose."""
+    paper: Mapping[float, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    """Learning rate -> the paper's perplexities, of AdamW and of LBW-Guard."""
 
 
 PRESETS = {
     "nano": LrStressConfig(jobs.NANO),
     "small": LrStressConfig(jobs.SMALL, methods=(ADAMW, *STRONGEST, GUARD)),
     "stories": LrStressConfig(jobs.STORIES, (0.1, 0.3, 1, 3, 10, 30, 100)),
-    # 1e-3 and 3e-3 are the paper's.
-    "paper": LrStressConfig(jobs.PAPER["7B"], (0.5, 1, 2.5, 5, 15, 50)),
+    "paper": LrStressConfig(
+        jobs.PAPER["7B"],
+        (0.5, 1, 2.5, 5, 15, 50),
+        paper={1e-3: (659.76, 10.33), 3e-3: (1885.24, 11.57)},
+    ),
 }
 """Name -> settings."""
 
@@ -99,6 +101,9 @@ def sweep_rates(
         for multiple in multiples
         for method in compared
     }
+    for method, multiple in runs:
+        if method in RATE_FREE:  # It sets its own: one run is all of them.
+            runs[method, multiple] = Run(method, method, job.reference_lr)
     zero_step = lab.zero_step(job)
     records = lab.measure(job, runs, compared)
     curves = {
@@ -110,13 +115,12 @@ def sweep_rates(
         for method, points in curves.items()
     }
     tables = [_curve_table(curves, multiples, zero_step), _sensitivity_table(curves, zero_step)]
-    if options.preset == "paper" and {ADAMW, GUARD} <= compared.keys():
-        tables.append(_paper_table(means))
-    tables.append(
-        guard_table({f"{m:g}x": records[GUARD, m] for m in multiples if (GUARD, m) in records})
-    )
-    best = min(ppl for _, ppl in means.get(ADAMW, next(iter(means.values()))))
-    heading = f"{job.base.name} on {job.corpus}"
+    if lab.config.paper and {ADAMW, GUARD} <= compared.keys():
+        tables.append(_paper_table(means, lab.config.paper))
+    if GUARD in compared:
+        tables.append(guard_table({f"{m:g}x": records[GUARD, m] for m in multiples}))
+    best = min(ppl for _, ppl in means[ADAMW]) if ADAMW in compared else None
+    heading = f"{job.base.name} on {options.data or job.corpus}"
     pictures = {"perplexity.png": plots.lr_curves(means, zero_step, best, heading)}
     if {ADAMW, GUARD} <= compared.keys() and PLOTTED_MULTIPLE in multiples:
         stressed = {
@@ -188,11 +192,14 @@ def _sensitivity_table(curves: Curves, zero_step: float) -> Table:
     )
 
 
-def _paper_table(means: Mapping[str, Sequence[tuple[float, float]]]) -> Table:
+def _paper_table(
+    means: Mapping[str, Sequence[tuple[float, float]]],
+    paper: Mapping[float, tuple[float, float]],
+) -> Table:
     plain, guarded = dict(means[ADAMW]), dict(means[GUARD])
     rows = [
         [f"{rate:g}", *map(number, (theirs[0], plain[rate], theirs[1], guarded[rate]))]
-        for rate, theirs in PAPER_PERPLEXITIES.items()
+        for rate, theirs in paper.items()
     ]
     heading = ["learning rate", "AdamW, paper", "AdamW, here", "LBW-Guard, paper", "guard, here"]
     return Table("Beside the paper", heading, rows)

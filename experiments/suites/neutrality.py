@@ -20,10 +20,11 @@ import optax
 import lbw_optax
 from experiments import jobs, plots
 from experiments.curvature import hessian_trace
-from experiments.finetune import Run
+from experiments.finetune import Finetune, Run
 from experiments.jobs import Job
 from experiments.lab import Arguments, Lab, Record, perplexities
 from experiments.methods import ADAMW, GUARD, Method, adamw, guard
+from experiments.models.sharding import on_mesh
 from experiments.report import Table, number, with_spread
 from experiments.suites.study import SWITCHED_OFF
 
@@ -115,8 +116,9 @@ def _paths(lab: Lab[NeutralityConfig]) -> list[Table]:
         for seed in lab.seeds:
             name = f"paths at {multiple:g}x, seed {seed}"
             if name not in lab.folder.runs:
-                with lab.on_mesh():
-                    found = _compare(lab, job.rate(multiple), stops, seed)
+                finetune = lab.finetune(job)
+                with on_mesh(lab.mesh):
+                    found = _compare(finetune, job.rate(multiple), stops, seed, config.probes)
                 lab.folder.finish(name, {"stops": found})
             paths.append(_numbers(lab.folder.runs[name]["stops"]))
         places = list(zip(*paths, strict=True))
@@ -146,8 +148,9 @@ def _paths(lab: Lab[NeutralityConfig]) -> list[Table]:
     ]
 
 
-def _compare(lab: Lab[NeutralityConfig], rate: float, stops: list[int], seed: int) -> list[Record]:
-    finetune = lab.finetune(lab.config.job)
+def _compare(
+    finetune: Finetune, rate: float, stops: list[int], seed: int, probes: int
+) -> list[Record]:
     start = finetune.start(seed)
     paths = [list(finetune.path(m, rate, seed, stops)) for m in (adamw, guard)]
     inputs = (start.frozen, finetune.batch(seed))
@@ -164,10 +167,7 @@ def _compare(lab: Lab[NeutralityConfig], rate: float, stops: list[int], seed: in
                 "lengths": lengths,
                 "traces": {
                     name: [
-                        float(x)
-                        for x in hessian_trace(
-                            finetune.loss, params, inputs, key, lab.config.probes
-                        )
+                        float(x) for x in hessian_trace(finetune.loss, params, inputs, key, probes)
                     ]
                     for name, params in ((ADAMW, plain), (GUARD, guarded))
                 },

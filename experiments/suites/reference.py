@@ -83,7 +83,7 @@ def reference(options: Arguments) -> None:
     guarded = [name for name in records if "guard_regime" in records[name][0]]
     tables.append(guard_table({name: records[name] for name in guarded}))
     finite = {
-        name: [(second, math.exp(loss)) for second, loss in first if loss is not None]
+        name: [(second, math.exp(min(loss, 700))) for second, loss in first if loss is not None]
         for name, (first, *_) in curves.items()
     }
     lab.publish(

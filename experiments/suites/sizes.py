@@ -46,9 +46,7 @@ _NANO["width 160, 4 layers"] = (160, 4, 8)
 _SMALL = {"58M": (512, 20, 8), "91M": (768, 14, 12), "159M": (896, 18, 14)}
 
 PRESETS = {
-    "nano": SizesConfig(
-        _sizes(jobs.NANO_SHORT, dataclasses.replace(jobs.NANO_RECIPE, steps=1000), _NANO)
-    ),
+    "nano": SizesConfig(_sizes(jobs.NANO_SHORT, jobs.NANO_RECIPE, _NANO)),
     "small": SizesConfig(_sizes(jobs.SMALL, jobs.SMALL_RECIPE, _SMALL)),
     "paper": SizesConfig({size: jobs.PAPER[size] for size in ("3B", "7B", "14B")}, (1, 5)),
 }
@@ -88,12 +86,12 @@ def sizes(options: Arguments, methods: Methods = ()) -> None:
         [method, *(column[method] for column in columns.values())]
         for method in next(iter(columns.values()))
     ]
+    tables = [Table("Held-out perplexity", ["method", *columns], rows)]
+    if guarded:
+        tables.append(guard_table(guarded))
     lab.publish(
         "Sizes",
         "Does the guard do for models of other sizes what it does for one?",
-        [
-            Table("Held-out perplexity", ["method", *columns], rows),
-            guard_table(guarded),
-        ],
+        tables,
         {},
     )
