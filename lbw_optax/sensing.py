@@ -101,26 +101,26 @@ def inner_product(a: Any, b: Any) -> jax.Array:
     return sum(products, jnp.zeros([], jnp.float32))
 
 
-def estimated_product(sample: Any, last_step: Any, whole: Any) -> jax.Array:
-    """Estimates <`whole`, last applied step> from the entries that are remembered.
+def estimated_product(a: Any, b: Any, whole: Any) -> jax.Array:
+    """Estimates an inner product from the entries that the memory keeps.
 
     The product of each leaf counts for all of its entries: leaves are thinned by different factors,
     and their gradients and steps differ.
 
     Args:
-      sample: the entries of `whole` that match `last_step`.
-      last_step: what is remembered of the last applied step.
-      whole: gradients or a step.
+      a: a tree with the shapes of what is remembered of the last step.
+      b: a tree like `a`.
+      whole: the tree that `a` is a sample of.
 
     Returns:
       A float32 scalar; exact where everything is remembered, 0 where nothing is.
     """
-    if not jax.tree.leaves(last_step):
+    if not jax.tree.leaves(a):
         return jnp.zeros([], jnp.float32)
     products = [
-        jnp.size(z) / jnp.size(x) * inner_product(x, d)
-        for x, d, z in zip(*map(jax.tree.leaves, (sample, last_step, whole)), strict=True)
-        if is_inexact(d) and jnp.size(d)
+        jnp.size(z) / jnp.size(x) * inner_product(x, y)
+        for x, y, z in zip(*map(jax.tree.leaves, (a, b, whole)), strict=True)
+        if is_inexact(y) and jnp.size(y)
     ]
     return sum(products, jnp.zeros([], jnp.float32))
 
@@ -188,15 +188,18 @@ def measure(
     Returns:
       The telemetry; a quantity that cannot be measured is 0.
     """
-    usable = finite_part(step)
+    usable, sampled_usable = finite_part(step), finite_part(sampled_step)
     scalars = any(jnp.ndim(x) == 0 for x in jax.tree.leaves(gradients))
     sums = {
         "gradient": inner_product(gradients, gradients),
         "step": inner_product(usable, usable),
         "params": inner_product(params, params),
-        "slope": inner_product(gradients, usable),
+        # Of the same entries as the overshoot, since the two are compared: a + c, not a and c.
+        "slope": estimated_product(sampled_gradients, sampled_usable, gradients)
+        if jax.tree.leaves(last_step)
+        else inner_product(gradients, usable),
         "overshoot": estimated_product(sampled_gradients, last_step, gradients),
-        "alignment": estimated_product(finite_part(sampled_step), last_step, step),
+        "alignment": estimated_product(sampled_usable, last_step, step),
         "nonfinite": became_nonfinite(usable, step, scalars=True)
         + became_nonfinite(*inner_states, scalars=scalars),
         "size": jnp.float32(sum(x.size for x in jax.tree.leaves(gradients) if is_inexact(x))),

@@ -121,6 +121,12 @@ def test_sample_estimates_the_overshoot_of_the_whole():
     np.testing.assert_allclose(means[0], means[1], rtol=1e-3)
 
 
+def test_sample_has_every_token_of_an_embedding():
+    params = {"in": jnp.ones((512, 64)), "out": jnp.ones((64, 512)), "stack": jnp.ones((2, 64, 96))}
+    kept = jax.tree.map(jnp.shape, memories.allocate("sparse", params))
+    assert kept == {"in": (512, 4), "out": (4, 512), "stack": (2, 4, 96)}
+
+
 def test_leaves_that_are_kept_whole_count_for_no_more_than_they_are():
     levels = {"w": 1.0, "wide": -2.0, "b": 100.0}
     grads = {name: level * BIG[name] for name, level in levels.items()}
