@@ -190,7 +190,7 @@ def stressed_run(
 
 
 def histograms(samples: Mapping[str, Sequence[float | None]], label: str) -> bytes:
-    """One histogram per method on a shared log axis, one above the other.
+    """One histogram per method on a shared log axis, one above the other; the guard's are blue.
 
     Args:
       samples: Method -> positive values; those that are no number are left out.
@@ -201,14 +201,13 @@ def histograms(samples: Mapping[str, Sequence[float | None]], label: str) -> byt
     """
     found = {name: _positive(values) for name, values in samples.items()}
     everything = np.concatenate(list(found.values()))
-    edges = np.geomspace(everything.min(), everything.max() * 1.001, 41)
+    edges = np.geomspace(np.nanmin(everything), np.nanmax(everything) * 1.001, 41)
     with plt.rc_context(_STYLE):
         figure, column = plt.subplots(
             len(found), 1, figsize=(7, 1 + 0.9 * len(found)), sharex=True, layout="constrained"
         )
-        for i, (axes, (name, values)) in enumerate(zip(column, found.items(), strict=True)):
-            last = i == len(found) - 1  # Ours.
-            axes.hist(values, bins=edges, color=_OURS if last else "0.55")
+        for axes, (name, values) in zip(column, found.items(), strict=True):
+            axes.hist(values, bins=edges, color=_OURS if name.startswith("guard") else "0.55")
             axes.set(xscale="log", yticks=[])
             axes.set_title(name, loc="left", fontsize=9)
         column[-1].set_xlabel(label)

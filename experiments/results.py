@@ -135,16 +135,18 @@ class Results:
             raise UserError(f"{path} is damaged: use --fresh to start over") from error
 
     def _read_jsonl(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._lines(name)[:-1]]
+
+    def _lines(self, name: str) -> list[str]:
+        """The lines of a file; the last is empty, or one that a killed job did not finish."""
         path = self.folder / name
-        if not path.exists():
-            return []
-        lines = path.read_text().split("\n")
-        # What follows the last newline is empty, or a line that a killed job did not finish.
-        return [json.loads(line) for line in lines[:-1]]
+        return path.read_text().split("\n") if path.exists() else [""]
 
     def _filter(self, name: str, keep: Callable[[dict[str, Any]], bool]) -> None:
-        rows = [row for row in self._read_jsonl(name) if keep(row)]
-        self.write(name, "".join(map(_json_line, rows)))
+        *lines, torn = self._lines(name)
+        kept = [line for line in lines if keep(json.loads(line))]
+        if torn or len(kept) < len(lines):  # A new run has nothing to drop.
+            self.write(name, "".join(f"{line}\n" for line in kept))
 
     def _append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         with (self.folder / name).open("a") as file:
