@@ -190,24 +190,35 @@ def _corpus(name: str, readers: Mapping[str, Callable[[], Iterable[str]]]) -> Co
 def _split_files(path: Path) -> dict[str, list[Path]]:
     """The files of a folder that are named after a split, by split and in order."""
     found = {}
+    known = (*_TEXT_FILES, *_ROW_FILES)
     for entry in sorted(path.iterdir()) if path.is_dir() else []:
-        name = entry.name.lower()
-        # Of a folder the whole name counts: `test` may have a split, `test_data` anything.
-        words = [name] if entry.is_dir() else re.split("[^a-z]+", name)
-        split = next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), None)
-        for file in (walk(entry) if entry.is_dir() else [entry]) if split else []:
-            if file.suffix.lower() in (*_TEXT_FILES, *_ROW_FILES):
+        split = _split_of(entry)
+        if split is None:
+            continue
+        for file in walk(entry) if entry.is_dir() else [entry]:
+            if _type(file) in known:
                 found.setdefault(split, []).append(file)
-            elif file.suffix.lower() in _OTHER_FILES:
+            elif _type(file) in _OTHER_FILES:
                 raise UserError(
-                    f"{file}: a split by its name, but its type is none of "
-                    f"{', '.join((*_TEXT_FILES, *_ROW_FILES))}"
+                    f"{file}: a split by its name, but its type is none of {', '.join(known)}"
                 )
     return {split: found[split] for split in (TRAIN, VALIDATION, TEST) if split in found}
 
 
+def _split_of(entry: Path) -> str | None:
+    """The split that a file or folder is named after."""
+    name = entry.name.lower()
+    # Of a folder the whole name counts: `test` may have a split, `test_data` anything.
+    words = [name] if entry.is_dir() else re.split("[^a-z]+", name)
+    return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), None)
+
+
+def _type(file: Path) -> str:
+    return file.suffix.lower()
+
+
 def _is_readable(file: Path) -> bool:
-    return file.suffix.lower() in _ROW_FILES or is_utf8(file.read_bytes())
+    return _type(file) in _ROW_FILES or is_utf8(file.read_bytes())
 
 
 def _part(documents: Iterable[str], start: int, stop: int) -> Iterator[str]:
@@ -222,7 +233,7 @@ def _part(documents: Iterable[str], start: int, stop: int) -> Iterator[str]:
 
 
 def _read_files(files: Iterable[Path]) -> Iterator[str]:
-    tables = [file for file in files if file.suffix.lower() in _ROW_FILES]
+    tables = [file for file in files if _type(file) in _ROW_FILES]
     for file in files:
         if file not in tables:
             yield from _of_text(file)
@@ -246,7 +257,7 @@ def _rows(file: Path) -> Iterator[str]:
 
     try:
         table = datasets.load_dataset(
-            _ROW_FILES[file.suffix.lower()], data_files=str(file), split="train", streaming=True
+            _ROW_FILES[_type(file)], data_files=str(file), split="train", streaming=True
         )
         yield from _texts(table, str(file))
     except StopIteration:  # What the loader makes of an empty file.

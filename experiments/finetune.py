@@ -291,8 +291,6 @@ class Finetune:
 def _load(job: Job, models: Path | None, mesh: Mesh | None, text: Text | None) -> Decoder:
     """The base model, ready to be computed with as the job says."""
     base, settings = job.base, decoder_settings(job)
-    if text is not None and base.recipe is None:
-        raise UserError(f"--pretrain-data: {base.name} is trained already")
     if base.llama2c is not None:
         return load_llama2c(Path(checkpoint(job, models), base.llama2c[0]))
     if base.recipe is None:

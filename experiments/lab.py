@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
@@ -20,7 +20,7 @@ from experiments.environment import described, made_with
 from experiments.errors import UserError, checked_seeds, preset_of
 from experiments.finetune import Finetune, Run
 from experiments.jobs import Job
-from experiments.methods import Method
+from experiments.methods import RATE_FREE, Method
 from experiments.models.sharding import make_mesh, on_mesh
 from experiments.pretrain import text_to_train_on
 from experiments.report import Table, number, with_spread, write_report
@@ -59,8 +59,15 @@ class Options:
 Arguments = Annotated[Options, tyro.conf.arg(name="")]
 """`Options` as flags without a prefix."""
 
-Methods = Annotated[tuple[str, ...], tyro.conf.arg(metavar="METHOD ...")]
-"""Names on the command line."""
+Methods = Annotated[
+    tuple[str, ...],
+    tyro.conf.arg(
+        metavar="METHOD ...",
+        help="What is compared, by the names in the tables; `all` is every peer, and by default "
+        "the preset chooses.",
+    ),
+]
+"""Names on the command line, see `chosen`."""
 
 
 class Lab(Generic[Config]):
@@ -80,11 +87,10 @@ class Lab(Generic[Config]):
         """Where a `Finetune` is used, see `on_mesh`."""
         self._finetune: Finetune | None = None
         self._corpus = _read("--data", options.data)
-        pretraining = _read("--pretrain-data", options.pretrain_data)
-        self._text = pretraining and text_to_train_on(pretraining)
+        self._pretraining = _read("--pretrain-data", options.pretrain_data)
         chosen = {
             "data": self._corpus and _describe(self._corpus),
-            "pretrain_data": pretraining and _describe(pretraining),
+            "pretrain_data": self._pretraining and _describe(self._pretraining),
             "models": None if options.models is None else str(options.models),
             "mesh": options.mesh,
         }
@@ -96,8 +102,11 @@ class Lab(Generic[Config]):
         """A job made ready; the last one only, since models are large."""
         if self._finetune is None or self._finetune.job != job:
             self._finetune = None  # Before the next one is made: there is no room for two.
+            if self._pretraining and job.base.recipe is None:
+                raise UserError(f"--pretrain-data: {job.base.name} is trained already")
+            text = self._pretraining and text_to_train_on(self._pretraining)
             dataset = Dataset(job, self._corpus, self.options.models)
-            self._finetune = Finetune(job, dataset, self.options.models, self.mesh, text=self._text)
+            self._finetune = Finetune(job, dataset, self.options.models, self.mesh, text=text)
         return self._finetune
 
     def zero_step(self, job: Job) -> float:
@@ -201,9 +210,35 @@ def _describe(corpus: Corpus) -> dict[str, str]:
     return {name: documents.digest.sha256 for name, documents in corpus.splits.items()}
 
 
+def at_rates(
+    job: Job, methods: Iterable[str], multiples: Iterable[float], prefix: str = ""
+) -> dict[tuple[str, float], Run]:
+    """The runs of a table over learning rates: (method, multiple) -> run.
+
+    A method that sets its own rate has one run for all of them.
+
+    Args:
+      job: What they are runs of.
+      methods: Names of the methods.
+      multiples: Learning rates, in units of the job's reference.
+      prefix: What the names of the runs begin with.
+    """
+
+    def run(method: str, multiple: float) -> Run:
+        if method in RATE_FREE:
+            return Run(prefix + method, method, job.reference_lr)
+        return Run(f"{prefix}{method} at {multiple:g}x", method, job.rate(multiple))
+
+    return {(method, m): run(method, m) for m in multiples for method in methods}
+
+
 def perplexity(record: Record) -> float:
     """Held-out perplexity of a record; infinite where the loss is no number."""
-    loss = record.get("heldout_loss")
+    return of_loss(record.get("heldout_loss"))
+
+
+def of_loss(loss: float | None) -> float:
+    """Perplexity of a loss in nats; infinite where it is no number."""
     # exp(700) is near the largest float; null is a loss that is not finite.
     return math.exp(loss) if loss is not None and loss < 700 else math.inf
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from flax import nnx
 from jax.sharding import Mesh
 
-from experiments.errors import UserError
+from experiments.errors import UserError, reading
 from experiments.lora import TARGETS, LoRALinear, add_lora, find_layers
 from experiments.models.decoder import Decoder
 from experiments.models.tensors import read_params, write_params
@@ -81,7 +81,8 @@ def load_adapters(model: Decoder, folder: str | Path, *, mesh: Mesh | None = Non
         if not (folder / name).is_file():
             raise UserError(f"{folder}: has no {name}")
     file = folder / CONFIG
-    config = json.loads(file.read_text())
+    with reading(file):
+        config = json.loads(file.read_text())
     targets = config.get("target_modules")
     for name, allowed in {"peft_type": ("LORA",), **_OFF}.items():
         if config.get(name, allowed[0]) not in allowed:

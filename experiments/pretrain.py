@@ -17,7 +17,7 @@ from tqdm import tqdm
 from experiments.batches import CroppedBatches
 from experiments.checkpoint import Checkpoints, cache_folder
 from experiments.corpus import TRAIN, Corpus, wikitext
-from experiments.data import HELDOUT_FRACTION, Text, standard_library
+from experiments.data import Text, split, standard_library
 from experiments.errors import UserError
 from experiments.jobs import PretrainConfig
 from experiments.methods import pretraining
@@ -35,8 +35,8 @@ def text_to_train_on(corpus: Corpus) -> Text:
 def _library() -> Text:
     """The standard library without its last tenth, on which no model here was ever trained."""
     whole = standard_library()
-    size = len(whole.content) - int(len(whole.content) * HELDOUT_FRACTION)
-    return Text(whole.name, whole.content[:size])
+    kept, _ = split(whole, seq_len=1)
+    return Text(whole.name, kept.tobytes())
 
 
 TEXTS: dict[str, Callable[[], Text]] = {

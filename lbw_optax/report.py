@@ -104,7 +104,7 @@ def _find(opt_state: Any) -> GuardState:
     state = jax.tree.map(
         lambda x: x.get_value() if _is_variable(x) else x, found[0], is_leaf=_is_variable
     )
-    runs = state.regime.shape
+    runs = np.shape(state.regime)
     if runs:
         raise ValueError(
             f"opt_state must be that of one run, got axes {runs} of vmap or scan: pick one run, as "

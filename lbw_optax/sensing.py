@@ -189,6 +189,7 @@ def measure(
       The telemetry; a quantity that cannot be measured is 0.
     """
     usable, sampled_usable = finite_part(step), finite_part(sampled_step)
+    sampled = any(is_inexact(x) and jnp.size(x) for x in jax.tree.leaves(last_step))
     scalars = any(jnp.ndim(x) == 0 for x in jax.tree.leaves(gradients))
     sums = {
         "gradient": inner_product(gradients, gradients),
@@ -196,19 +197,18 @@ def measure(
         "params": inner_product(params, params),
         # Of the same entries as the overshoot, since the two are compared: a + c, not a and c.
         "slope": estimated_product(sampled_gradients, sampled_usable, gradients)
-        if jax.tree.leaves(last_step)
+        if sampled
         else inner_product(gradients, usable),
         "overshoot": estimated_product(sampled_gradients, last_step, gradients),
         "alignment": estimated_product(sampled_usable, last_step, step),
         "nonfinite": became_nonfinite(usable, step, scalars=True)
         + became_nonfinite(*inner_states, scalars=scalars),
         "size": jnp.float32(sum(x.size for x in jax.tree.leaves(gradients) if is_inexact(x))),
-        "sample": jnp.float32(sum(x.size for x in jax.tree.leaves(last_step) if is_inexact(x))),
     }
     if axis_name is not None:
         sums = jax.lax.psum(sums, axis_name)
     step_norm = jnp.sqrt(sums["step"])
-    known = (sums["sample"] > 0) & (step_norm > 0) & (last_length > 0)
+    known = sampled & (step_norm > 0) & (last_length > 0)
     cosine = sums["alignment"] / jnp.where(known, step_norm, 1)
     cosine = cosine / jnp.where(known, last_length, 1)
     loss = jnp.float32(0) if loss is None else jnp.asarray(loss).astype(jnp.float32)

@@ -100,10 +100,8 @@ def load_llama2c(file: str | Path, *, dtype: jnp.dtype = jnp.float32) -> Decoder
 
 
 def _read(file: str | Path) -> bytes:
-    try:
+    with reading(file):
         return Path(file).read_bytes()
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from error
 
 
 def _half_split(kernel_loi: np.ndarray, head_dim: int) -> np.ndarray:

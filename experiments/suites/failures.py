@@ -96,8 +96,8 @@ def failures(options: Arguments) -> None:
             for method in config.methods
         }
         records[name] = lab.measure(job, runs, baselines(job.steps))
-    clean = statistics.fmean(math.log(perplexity(record)) for record in records[CLEAN][ADAMW])
-    bar = (math.log(zero_step) + clean) / 2
+    clean = [math.log(perplexity(record)) for record in records[CLEAN][ADAMW]]
+    bar = (math.log(zero_step) + statistics.fmean(clean)) / 2
     failing = {name: cells for name, cells in records.items() if name != CLEAN}
     productive = [
         [method, *(_share([record for c in failing.values() for record in c[method]], bar))]

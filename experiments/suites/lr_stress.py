@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 from experiments import jobs, plots
-from experiments.finetune import Run
 from experiments.jobs import Job
 from experiments.lab import (
     Arguments,
@@ -19,6 +18,7 @@ from experiments.lab import (
     Methods,
     Options,
     Record,
+    at_rates,
     mean_perplexity,
     perplexities,
     perplexity,
@@ -32,7 +32,7 @@ PLOTTED_MULTIPLE = 100
 METHODS = (ADAMW, "AdamW + clip", GUARD)
 """What is compared by default."""
 
-STRONGEST = ("mechanize", "Prodigy", "D-Adapt AdamW")
+STRONGEST = ("mechanize", *RATE_FREE)
 """The peers that no learning rate of the nano table ruins."""
 
 
@@ -71,8 +71,7 @@ def lr_stress(options: Arguments, methods: Methods = ()) -> None:
 
     Args:
       options: What every suite asks.
-      methods: What is compared, by the names in the tables; `all` is every peer, and by default
-        the preset chooses.
+      methods: What is compared.
     """
     sweep_rates("lr-stress", "Learning-rate stress", options, PRESETS, methods)
 
@@ -96,14 +95,7 @@ def sweep_rates(
     lab = Lab(suite, options, presets)
     job, multiples = lab.config.job, lab.config.multiples
     compared = chosen(methods, lab.config.methods, job.steps)
-    runs = {
-        (method, multiple): Run(f"{method} at {multiple:g}x", method, job.rate(multiple))
-        for multiple in multiples
-        for method in compared
-    }
-    for method, multiple in runs:
-        if method in RATE_FREE:  # It sets its own: one run is all of them.
-            runs[method, multiple] = Run(method, method, job.reference_lr)
+    runs = at_rates(job, compared, multiples)
     zero_step = lab.zero_step(job)
     records = lab.measure(job, runs, compared)
     curves = {

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from experiments import jobs, plots
 from experiments.finetune import Run
 from experiments.jobs import Job
-from experiments.lab import Arguments, Lab, perplexities
+from experiments.lab import Arguments, Lab, of_loss, perplexities
 from experiments.methods import ADAMW, baselines
 from experiments.report import Table, guard_table, number, with_spread
 
@@ -66,8 +66,14 @@ def reference(options: Arguments) -> None:
                 _reached([time for time in times if time is not None], len(found)),
             ]
         )
-    heading = ["method", "perplexity", "seconds, end to end", "of training", "ms per step"]
-    heading += ["seconds to AdamW's perplexity"]
+    heading = [
+        "method",
+        "perplexity",
+        "seconds, end to end",
+        "of training",
+        "ms per step",
+        "seconds to AdamW's perplexity",
+    ]
     tables = [
         Table(
             f"Reference setting (zero-step {number(zero_step)})",
@@ -83,7 +89,7 @@ def reference(options: Arguments) -> None:
     guarded = [name for name in records if "guard_regime" in records[name][0]]
     tables.append(guard_table({name: records[name] for name in guarded}))
     finite = {
-        name: [(second, math.exp(min(loss, 700))) for second, loss in first if loss is not None]
+        name: [(s, of_loss(loss)) for s, loss in first if math.isfinite(of_loss(loss))]
         for name, (first, *_) in curves.items()
     }
     lab.publish(

@@ -6,9 +6,8 @@ import dataclasses
 
 from experiments import jobs
 from experiments.errors import preset_of
-from experiments.finetune import Run
 from experiments.jobs import Job
-from experiments.lab import Arguments, Lab, Methods, perplexities
+from experiments.lab import Arguments, Lab, Methods, at_rates, perplexities
 from experiments.methods import ADAMW, GUARD, chosen
 from experiments.report import Table, number
 
@@ -43,18 +42,13 @@ def seeds(options: Arguments, methods: Methods = ()) -> None:
 
     Args:
       options: What every suite asks.
-      methods: What is compared, by the names in the tables; `all` is every peer, and by default
-        the preset chooses.
+      methods: What is compared.
     """
     several = options.seeds or preset_of(PRESETS, options.preset).seeds
     lab = Lab("seeds", dataclasses.replace(options, seeds=several), PRESETS)
     config, job = lab.config, lab.config.job
     compared = chosen(methods, config.methods, job.steps)
-    runs = {
-        (method, multiple): Run(f"{method} at {multiple:g}x", method, job.rate(multiple))
-        for method in compared
-        for multiple in config.multiples
-    }
+    runs = at_rates(job, compared, config.multiples)
     zero_step = lab.zero_step(job)
     records = lab.measure(job, runs, compared)
     rows = [

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from experiments import jobs
-from experiments.finetune import Run
 from experiments.jobs import Job
-from experiments.lab import Arguments, Lab, Methods, perplexities
+from experiments.lab import Arguments, Lab, Methods, at_rates, perplexities
 from experiments.methods import ADAMW, GUARD, chosen
 from experiments.report import Table, guard_table, number
 
@@ -58,21 +57,14 @@ def sizes(options: Arguments, methods: Methods = ()) -> None:
 
     Args:
       options: What every suite asks.
-      methods: What is compared, by the names in the tables; `all` is every peer, and by default
-        the preset chooses.
+      methods: What is compared.
     """
     lab = Lab("sizes", options, PRESETS)
     config = lab.config
     columns, guarded = {}, {}
     for size, job in config.sizes.items():
         compared = chosen(methods, config.methods, job.steps)
-        runs = {
-            (method, multiple): Run(
-                f"{size}, {method} at {multiple:g}x", method, job.rate(multiple)
-            )
-            for multiple in config.multiples
-            for method in compared
-        }
+        runs = at_rates(job, compared, config.multiples, prefix=f"{size}, ")
         zero_step = lab.zero_step(job)
         records = lab.measure(job, runs, compared)
         for multiple in config.multiples:

@@ -37,7 +37,6 @@ def tinyllama(options: Arguments, methods: Methods = ()) -> None:
 
     Args:
       options: What every suite asks.
-      methods: What is compared, by the names in the tables; `all` is every peer, and by default
-        the preset chooses.
+      methods: What is compared.
     """
     sweep_rates("tinyllama", "Every parameter of a Llama", options, PRESETS, methods)
