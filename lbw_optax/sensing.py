@@ -142,8 +142,11 @@ def became_nonfinite(old: Any, new: Any, scalars: bool) -> jax.Array:
     Returns:
       An int32 scalar.
     """
+    # x - x is 0 where x is finite and NaN elsewhere. A sum of it is made in the same pass over the
+    # memory as the other sums of an array, a truth value in one of its own: on a TPU that was a
+    # quarter of all bytes that the step moved.
     found = [
-        jnp.any(jnp.isfinite(x) & ~jnp.isfinite(y))
+        jnp.isnan(jnp.sum(jnp.where(jnp.isnan(x - x), 0, y - y)))
         for x, y in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
         if is_inexact(y) and (scalars or jnp.ndim(y) > 0)
     ]
