@@ -76,12 +76,13 @@ def compile_devices(count: int) -> Sequence[jax.Device]:
 
     Returns:
       This machine's accelerators if there are enough; else, for eight and where the TPU's compiler
-      is installed, a slice that need not be there; else CPUs.
+      is installed and free, a slice that need not be there; else CPUs.
     """
     with contextlib.suppress(RuntimeError):  # Too late where jax is at work: tests set it too.
         jax.config.update("jax_num_cpu_devices", 8)
     if jax.default_backend() != "cpu" and jax.device_count() >= count:
         return jax.devices()[:count]
     if count == 8 and importlib.util.find_spec("libtpu"):
-        return topologies.get_topology_desc(SLICE, "tpu").devices
+        with contextlib.suppress(RuntimeError):  # It serves one process at a time.
+            return topologies.get_topology_desc(SLICE, "tpu").devices
     return jax.devices("cpu")[:count]

@@ -1,7 +1,10 @@
 """The suite `overhead`: what it counts is right, and a second run only prints."""
 
 import csv
+import json
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from experiments.__main__ import main
@@ -15,6 +18,7 @@ TINY = overhead.OverheadConfig(WIDTH, ARRAYS, rounds=2, steps=1)
 def run(monkeypatch, tmp_path):
     """Runs the suite at a size of seconds; returns the rows of its summary."""
     monkeypatch.setitem(overhead.PRESETS, "tiny", TINY)
+    monkeypatch.setattr(overhead, "compile_devices", lambda count: jax.devices("cpu"))
 
     def call(*flags):
         assert main(["overhead", "--preset", "tiny", "--results", str(tmp_path), *flags]) == 0
@@ -38,6 +42,25 @@ def test_second_run_measures_nothing(run, monkeypatch):
     first = run()
     monkeypatch.delattr(overhead, "_measure")
     assert run() == first
+
+
+def test_bytes_on_a_tpu_that_need_not_be_there(run, monkeypatch, tmp_path):
+    tpu = SimpleNamespace(platform="tpu", device_kind="TPU v0")
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    monkeypatch.setattr(overhead, "compile_devices", lambda count: [tpu])
+    monkeypatch.setattr(overhead, "SingleDeviceSharding", lambda device: here)
+    monkeypatch.setattr(overhead, "COMPILED", TINY)
+    methods = run().keys()
+    records = json.loads((tmp_path / "overhead/tiny/runs.json").read_text())
+    for name in methods:
+        timed, compiled = records[name], records[f"{name}, TPU v0"]
+        assert compiled == {key: timed[key] for key in overhead.BYTES}
+    assert (
+        "Compiled for a TPU v0: 2 arrays of 64 x 64"
+        in (tmp_path / "overhead/tiny/report.md").read_text()
+    )
+    monkeypatch.delattr(overhead, "_compile")
+    run()
 
 
 def test_unknown_preset(capsys):

@@ -12,9 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import SingleDeviceSharding
 
 from experiments.environment import described, made_with
 from experiments.errors import preset_of
+from experiments.memory_check import compile_devices
 from experiments.methods import Method
 from experiments.report import Table, number, write_report
 from experiments.results import Results
@@ -34,6 +36,9 @@ class OverheadConfig:
     steps: int = 5
     """Steps per timing."""
 
+
+COMPILED = OverheadConfig(4096, 2)
+"""What is compiled for a TPU: 34 million parameters, more than its memory on the chip can hold."""
 
 PRESETS = {"nano": OverheadConfig(1024, 8), "small": OverheadConfig(4096, 16, steps=20)}
 """Name -> settings: 8 million parameters for a CPU, 268 million for a GPU."""
@@ -62,7 +67,8 @@ class Stepper:
 def overhead(preset: str = "nano", results: Path = Path("results"), fresh: bool = False) -> None:
     """Times an optimizer's step alone, with and without the guard, and counts its bytes.
 
-    The model is left out: this is the part that the guard changes, at its most visible.
+    The model is left out: this is the part that the guard changes, at its most visible. Where the
+    TPU's compiler (libtpu) is installed, the bytes are counted for a TPU too, present or not.
 
     Args:
       preset: Size of the step: nano (two CPU cores) or small (one GPU).
@@ -78,14 +84,29 @@ def overhead(preset: str = "nano", results: Path = Path("results"), fresh: bool 
         _measure(folder, config, methods)
     records = {name: folder.runs[name] for name in methods}
     folder.write_csv("summary.csv", [{"optimizer": n, **record} for n, record in records.items()])
+    tables = [_timed_table(config, records)]
+    device = compile_devices(8)[0]
+    if device.platform == "tpu":
+        tables.append(_compiled_table(device.device_kind, _compiled(folder, methods, device)))
     write_report(
         folder,
         f"Overhead, {preset}",
         "What does the guard add to an optimizer's step that needs no help?",
-        [_table(config, records)],
+        tables,
         {},
         made_with(),
     )
+
+
+def _compiled(
+    folder: Results, methods: dict[str, Method], device: jax.Device
+) -> dict[str, dict[str, Any]]:
+    """The bytes on a device that is compiled for; what is not in the folder is put there."""
+    keys = {name: f"{name}, {device.device_kind}" for name in methods}
+    for name, key in keys.items():
+        if key not in folder.runs:
+            folder.finish(key, _compile(COMPILED, methods[name], device)[1])
+    return {name: folder.runs[key] for name, key in keys.items()}
 
 
 def _measure(folder: Results, config: OverheadConfig, methods: dict[str, Method]) -> None:
@@ -99,40 +120,61 @@ def _measure(folder: Results, config: OverheadConfig, methods: dict[str, Method]
 
 def _prepare(config: OverheadConfig, method: Method) -> tuple[Stepper, dict[str, float]]:
     """An optimizer that has made its first steps, and its bytes per parameter."""
-    tx = optax.with_extra_args_support(method(LEARNING_RATE))
+    compiled, counted = _compile(config, method, jax.devices()[0])
     shape, names = (config.width, config.width), [f"w{i}" for i in range(config.arrays)]
     keys = jax.random.split(jax.random.key(0), 2 * config.arrays)
     normal: Callable[..., jax.Array] = functools.partial(jax.random.normal, shape=shape)
     params = {name: 0.02 * normal(key) for name, key in zip(names, keys[::2], strict=True)}
     gradients = {name: 1e-3 * normal(key) for name, key in zip(names, keys[1::2], strict=True)}
+    state = jax.jit(method(LEARNING_RATE).init)(params)
+    stepper = Stepper(compiled, gradients, [state, params])
+    stepper.seconds(config.steps)
+    return stepper, counted
+
+
+def _compile(
+    config: OverheadConfig, method: Method, device: jax.Device
+) -> tuple[Any, dict[str, float]]:
+    """An optimizer's step compiled for a device that need not be there, and its bytes."""
+    tx = optax.with_extra_args_support(method(LEARNING_RATE))
 
     @functools.partial(jax.jit, donate_argnums=(1, 2))
     def step(gradients, state, params):
         updates, state = tx.update(gradients, state, params, value=jnp.float32(1))
         return state, optax.apply_updates(params, updates)
 
-    state = jax.jit(tx.init)(params)
-    compiled = step.lower(gradients, state, params).compile()
-    memory = compiled.memory_analysis()
+    there = SingleDeviceSharding(device)
+    shape = jax.ShapeDtypeStruct((config.width, config.width), jnp.float32, sharding=there)
+    params = {f"w{i}": shape for i in range(config.arrays)}
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there),
+        jax.eval_shape(tx.init, params),
+    )
+    compiled = step.lower(params, state, params).compile()
     size = config.arrays * config.width**2
-    counted = {
-        "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / size,
-        "temporary_bytes": memory.temp_size_in_bytes / size,
+    return compiled, {
+        "state_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / size,
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes / size,
         "moved_bytes": compiled.cost_analysis()["bytes accessed"] / size,
     }
-    stepper = Stepper(compiled, gradients, [state, params])
-    stepper.seconds(config.steps)
-    return stepper, counted
 
 
-def _table(config: OverheadConfig, records: dict[str, dict[str, Any]]) -> Table:
+BYTES = ("state_bytes", "temporary_bytes", "moved_bytes")
+
+EXPLAINED = (
+    "bytes per parameter: the optimizer's state, what XLA sets aside within the step, and what XLA "
+    "counts as read or written."
+)
+
+
+def _timed_table(config: OverheadConfig, records: dict[str, dict[str, Any]]) -> Table:
     heading = ["optimizer", "ms per step", "AdamW's times", "state", "temporaries", "moved"]
     rows = [
         [
             name,
             f"{1000 * record['seconds']:.2f}",
             "{1:.2f} ({0:.2f} to {2:.2f})".format(*record["ratio"]),
-            *(number(record[f"{kind}_bytes"]) for kind in ("state", "temporary", "moved")),
+            *(number(record[kind]) for kind in BYTES),
         ]
         for name, record in records.items()
     ]
@@ -141,6 +183,14 @@ def _table(config: OverheadConfig, records: dict[str, dict[str, Any]]) -> Table:
         heading,
         rows,
         "Medians and, of the ratios to AdamW in the same round, quartiles over "
-        f"{config.rounds} rounds. The last three are bytes per parameter: the optimizer's state, "
-        "what XLA sets aside within the step, and what XLA counts as read or written.",
+        f"{config.rounds} rounds. The last three are {EXPLAINED}",
+    )
+
+
+def _compiled_table(kind: str, records: dict[str, dict[str, Any]]) -> Table:
+    return Table(
+        f"Compiled for a {kind}: {COMPILED.arrays} arrays of {COMPILED.width} x {COMPILED.width}",
+        ["optimizer", "state", "temporaries", "moved"],
+        [[name, *(number(record[kind]) for kind in BYTES)] for name, record in records.items()],
+        f"Compiled and not run. All are {EXPLAINED}",
     )
