@@ -130,8 +130,24 @@ def finite_part(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0) if is_inexact(x) else x, tree)
 
 
+def has_nonfinite(x: jax.Array) -> jax.Array:
+    """Returns whether an array has an entry that is not finite.
+
+    x - x is 0 where x is finite and NaN elsewhere. A sum of it is made in the same pass over the
+    memory as the other sums of an array, a truth value in one of its own: on a TPU that was a
+    quarter of all bytes that the step moved.
+    """
+    return jnp.isnan(jnp.sum(x - x))
+
+
+def count_nonfinite(tree: Any) -> jax.Array:
+    """Counts the leaves of a tree with an entry that is not finite, an int32 scalar."""
+    found = [has_nonfinite(x) for x in jax.tree.leaves(tree) if is_inexact(x)]
+    return sum(found, jnp.zeros([], jnp.int32))
+
+
 def became_nonfinite(old: Any, new: Any, scalars: bool) -> jax.Array:
-    """Counts the leaves of `new` with a non-finite entry where `old` has a finite one.
+    """Counts the leaves that have such an entry and had none before.
 
     Args:
       old: a tree of arrays.
@@ -142,11 +158,8 @@ def became_nonfinite(old: Any, new: Any, scalars: bool) -> jax.Array:
     Returns:
       An int32 scalar.
     """
-    # x - x is 0 where x is finite and NaN elsewhere. A sum of it is made in the same pass over the
-    # memory as the other sums of an array, a truth value in one of its own: on a TPU that was a
-    # quarter of all bytes that the step moved.
     found = [
-        jnp.isnan(jnp.sum(jnp.where(jnp.isnan(x - x), 0, y - y)))
+        has_nonfinite(y) & ~has_nonfinite(x)
         for x, y in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
         if is_inexact(y) and (scalars or jnp.ndim(y) > 0)
     ]
@@ -204,8 +217,7 @@ def measure(
         else inner_product(gradients, usable),
         "overshoot": estimated_product(sampled_gradients, last_step, gradients),
         "alignment": estimated_product(sampled_usable, last_step, step),
-        "nonfinite": became_nonfinite(usable, step, scalars=True)
-        + became_nonfinite(*inner_states, scalars=scalars),
+        "nonfinite": count_nonfinite(step) + became_nonfinite(*inner_states, scalars=scalars),
         "size": jnp.float32(sum(x.size for x in jax.tree.leaves(gradients) if is_inexact(x))),
     }
     if axis_name is not None:
