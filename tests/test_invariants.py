@@ -24,7 +24,7 @@ from helpers import (
 from hypothesis import given
 
 from lbw_optax import Action, Law, events, guard, report
-from lbw_optax.sensing import is_inexact
+from lbw_optax.sensing import became_nonfinite, count_nonfinite, is_inexact
 
 STEPS = 24
 MAX_REJECTIONS = 3
@@ -408,6 +408,19 @@ def long_runner(memory):
 
 
 SHIFTS = [(50, 1), (1e-3, 1), (1e4, 1), (1, 100), (1, 1e-2), (30, 30), (0.1, 100), (100, 1e-2)]
+
+
+ENTRIES = st.lists(st.one_of(SCALARS, st.sampled_from(SPECIAL)), min_size=6, max_size=6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@given(old=ENTRIES, new=ENTRIES)
+def test_8_an_entry_that_is_not_finite_is_found_and_no_large_one(dtype, old, new):
+    old, new = (jnp.asarray(x, dtype).reshape(3, 2) for x in (old, new))
+    before, after = (~np.isfinite(np.asarray(x, np.float32)).all(axis=1) for x in (old, new))
+    assert count_nonfinite(list(new)) == after.sum()
+    assert became_nonfinite(list(old), list(new), scalars=False) == (after & ~before).sum()
+    assert became_nonfinite({"count": new[0, 0]}, {"count": jnp.inf}, scalars=False) == 0
 
 
 @pytest.mark.parametrize("memory", ["none", "step"])
