@@ -138,18 +138,14 @@ def _compile(
     """An optimizer's step compiled for a device that need not be there, and its bytes."""
     tx = optax.with_extra_args_support(method(LEARNING_RATE))
 
-    @functools.partial(jax.jit, donate_argnums=(1, 2))
+    @functools.partial(jax.jit, donate_argnums=(1, 2), in_shardings=SingleDeviceSharding(device))
     def step(gradients, state, params):
         updates, state = tx.update(gradients, state, params, value=jnp.float32(1))
         return state, optax.apply_updates(params, updates)
 
-    there = SingleDeviceSharding(device)
-    shape = jax.ShapeDtypeStruct((config.width, config.width), jnp.float32, sharding=there)
+    shape = jax.ShapeDtypeStruct((config.width, config.width), jnp.float32)
     params = {f"w{i}": shape for i in range(config.arrays)}
-    state = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there),
-        jax.eval_shape(tx.init, params),
-    )
+    state = jax.eval_shape(tx.init, params)
     compiled = step.lower(params, state, params).compile()
     size = config.arrays * config.width**2
     return compiled, {
