@@ -28,7 +28,7 @@ def load_pretrained(
     mesh: Mesh | None = None,
     **settings: Any,
 ) -> Decoder:
-    """Loads a model, for instance Qwen/Qwen2.5-0.5B or TinyLlama/TinyLlama_v1.1.
+    """Loads a model, for instance Qwen/Qwen2.5-0.5B.
 
     Args:
       source: A folder with config.json and either model.safetensors or the parts that

@@ -6,6 +6,9 @@ import functools
 
 from experiments.models.config import DecoderConfig
 
+TINYLLAMA = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
+"""The base model after all its three trillion tokens; TinyLlama_v1.1 has no safetensors files."""
+
 _qwen = functools.partial(DecoderConfig, head_dim=128, rope_theta=1e6)
 
 ZOO = {
@@ -35,7 +38,7 @@ ZOO = {
         tie_word_embeddings=False,
         max_position_embeddings=131_072,
     ),
-    "TinyLlama/TinyLlama_v1.1": DecoderConfig(
+    TINYLLAMA: DecoderConfig(
         2048,
         5632,
         22,

@@ -19,6 +19,7 @@ from experiments.finetune import decoder_config, random_start
 from experiments.flops import step_flops
 from experiments.jobs import Job
 from experiments.methods import Method
+from experiments.models.zoo import TINYLLAMA
 from experiments.report import Table, number, write_report
 from experiments.results import Results
 from experiments.timing import LEARNING_RATE, contestants, in_turns
@@ -62,8 +63,7 @@ PRESETS = {
     "nano": ThroughputConfig(_with_and_without_lora("0.2M", jobs.NANO, jobs.LoraConfig())),
     "small": ThroughputConfig(_with_and_without_lora("91M", jobs.SMALL, jobs.LoraConfig())),
     "paper": ThroughputConfig(
-        _published("Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B")
-        | _published("TinyLlama-1.1B", "TinyLlama/TinyLlama_v1.1")
+        _published("Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B") | _published("TinyLlama-1.1B", TINYLLAMA)
     ),
 }
 """Name -> settings; `paper` has the two published models that one GPU trains whole."""
