@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axis import Axis
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 _OURS = "#2166ac"
 _OTHERS = ("#b2182b", "#ef8a62", "#4d9221", "#762a83", "#7f7f7f")
@@ -248,8 +248,10 @@ def over_time(
 
 
 def _plain_log_ticks(axis: Axis) -> None:
-    """Labels 1, 2, 5, 10, ...: an axis of less than a decade would else show a single number."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """Labels 1, 2, 5, 10, ..., or round numbers: less than a decade would else show one of them."""
+    low, high = axis.get_view_interval()
+    decades, even = LogLocator(subs=(1, 2, 5)), MaxNLocator(5, steps=(1, 2, 5, 10))
+    axis.set_major_locator(decades if high > 10 * low else even)
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
 

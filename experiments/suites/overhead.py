@@ -83,11 +83,11 @@ def overhead(preset: str = "nano", results: Path = Path("results"), fresh: bool 
     if methods.keys() - folder.runs.keys():
         _measure(folder, config, methods)
     records = {name: folder.runs[name] for name in methods}
-    folder.write_csv("summary.csv", [{"optimizer": n, **record} for n, record in records.items()])
     tables = [_timed_table(config, records)]
     device = compile_devices(8)[0]
     if device.platform == "tpu":
         tables.append(_compiled_table(device.device_kind, _compiled(folder, methods, device)))
+    folder.write_csv("summary.csv", [{"optimizer": n, **row} for n, row in folder.runs.items()])
     write_report(
         folder,
         f"Overhead, {preset}",
