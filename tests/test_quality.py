@@ -71,7 +71,8 @@ def tiny(monkeypatch):
     monkeypatch.setattr(bench, "language_tasks", lambda preset, names: {"scratch": BIGRAM})
     monkeypatch.setitem(presets.QUALITY_PRESETS, "tiny", lambda: TINY)
     monkeypatch.setitem(presets.STUDY_PRESETS, "tiny", lambda: TINY)
-    monkeypatch.setattr(quality.stress, "__defaults__", (TASK,))
+    for section in (quality.stress, quality.schedules):
+        monkeypatch.setattr(section, "__defaults__", (TASK,))
     for section in (idle, drills):
         monkeypatch.setattr(section, "TASKS", TASK)
     few = {name: stress.PEERS[name] for name in ("AdamW", "Prodigy", "guard(AdamW)")}
@@ -94,7 +95,7 @@ def test_quality(tmp_path, capsys, monkeypatch):
     assert {path.name for path in folder.iterdir()} == files
     with (folder / "summary.csv").open() as file:
         sections = {row["section"] for row in csv.DictReader(file)}
-    assert sections == {"stress", "idle", "problems", "faults", "optimizers"}
+    assert sections == set(quality.SECTIONS)
     report = (folder / "report.md").read_text()
     assert "python -m experiments" in report
     assert "Bars missed" in report

@@ -30,7 +30,7 @@ def stress(bench: Bench, tasks: tuple[str, ...] = TASKS) -> Findings:
     """Measures every method at multiples of AdamW's best learning rate on each task."""
     found = Findings([], [], [])
     for name in tasks:
-        multiples = _multiples(bench, name)
+        multiples = multiples_of_best(bench, name)
         rows = [row for method in PEERS for row in _rows(bench, name, method, multiples)]
         found.rows.extend(rows)
         table, bars = _judge(name, multiples, rows)
@@ -44,8 +44,8 @@ def adamw_best_rate(bench: Bench, name: str) -> float:
     return best_rate(_cell(bench, name, ADAMW, bench.preset.rates), bench.preset.rates)
 
 
-def _multiples(bench: Bench, name: str) -> dict[float, float]:
-    """Learning rate -> its name in units of the best: 0.33, 1, 3, 10, ..."""
+def multiples_of_best(bench: Bench, name: str) -> dict[float, float]:
+    """Learning rate -> its name in units of AdamW's best on a task: 0.33, 1, 3, 10, ..."""
     rates = bench.preset.rates
     best = rates.index(adamw_best_rate(bench, name))
     names = (0.33, 1, 3, 10, 30, 100, 300, 1000)[: bench.preset.stressed_rates + 2]

@@ -15,6 +15,7 @@ from experiments.sections.drills import faults
 from experiments.sections.idle import idle
 from experiments.sections.optimizers import optimizers
 from experiments.sections.problems import problems
+from experiments.sections.schedules import schedules
 from experiments.sections.stress import stress
 
 QUESTION = "Does one set of defaults leave healthy runs alone, and carry the others?"
@@ -25,6 +26,7 @@ SECTIONS: dict[str, Callable[[Bench], Findings]] = {
     "problems": problems,
     "faults": faults,
     "optimizers": optimizers,
+    "schedules": schedules,
 }
 """Name on the command line -> section."""
 
@@ -36,13 +38,13 @@ def quality(
     results: Path = Path("results"),
     fresh: bool = False,
 ) -> None:
-    """Measures the quality of control: stress, idle runs, small problems, faults, optimizers.
+    """Measures the quality of control: stress, healthy runs, small problems, faults.
 
     Run the same command again to go on with an interrupted job; cells that are finished are reused.
 
     Args:
       preset: Size of the job: nano or pico, both for two CPU cores.
-      sections: What to measure: any of stress, idle, problems, faults, optimizers.
+      sections: What to measure: any of stress, idle, problems, faults, optimizers, schedules.
       seeds: Seeds of the runs, but of the idle ones; by default the preset's.
       results: Folder for the results; the job writes to quality/PRESET in it.
       fresh: Start over, dropping the results of an earlier job in that folder.
