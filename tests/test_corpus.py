@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shared_data import shared_data
 
+from experiments import corpus
 from experiments.corpus import TEST, TRAIN, VALIDATION, Documents, read_corpus, wikitext
 from experiments.errors import UserError
 
@@ -61,6 +62,21 @@ def test_rows_are_documents_or_the_lines_of_wikitext(tmp_path):
     assert corpus.documents(TEST).digest == corpus.documents(VALIDATION).digest
 
 
+def test_rows_may_have_other_keys_and_files_any_name(tmp_path):
+    rows = [{"text": "one"}, {"text": "two", "meta": {"a": [1]}}, {"meta": 3, "text": "three"}]
+    for name in ("train[1].jsonl", "train::*.jsonl"):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    empty = datasets.Dataset.from_dict({"text": []})
+    empty.to_parquet(tmp_path / "train-[0].parquet")
+    assert documents(tmp_path) == ["one", "two", "three"] * 2
+
+
+def test_long_documents_are_cut_between_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "_LONGEST", 10)
+    (tmp_path / "train.txt").write_text("one\n\ntwo two\nthree\n" + "4" * 30 + "\nfive")
+    assert documents(tmp_path) == ["one\n\ntwo two\n", "three\n" + "4" * 30 + "\n", "five"]
+
+
 @pytest.mark.parametrize(
     "name", ["{}/part.txt", "wiki.{}.tokens", "{}.TXT", "{}.JSONL"], ids=lambda name: name
 )
@@ -109,6 +125,8 @@ def test_digest_tells_where_documents_end(texts):
     [
         ("train.jsonl", b'{"text": 3}\n', "a row without text in a column 'text'"),
         ("train.jsonl", b'{"words": "a"}\n', "a row without text in a column 'text'"),
+        ("train.jsonl", b"null\n", "a row without text in a column 'text'"),
+        ("train.jsonl", b'{"text": "\\ud800"}\n', r"'\\ud800' is no text"),
         ("train.jsonl", b"hello\n", "not a .jsonl file"),
         ("train.jsonl", b"", "there is no text in it"),
         ("train.parquet", b"hello\n", "not a .parquet file"),
