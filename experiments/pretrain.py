@@ -15,7 +15,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from experiments.batches import CroppedBatches
-from experiments.checkpoint import Checkpoints, cache_folder
+from experiments.checkpoint import Checkpoints, alone_in, cache_folder
 from experiments.corpus import TRAIN, Corpus, wikitext
 from experiments.data import Text, split, standard_library
 from experiments.errors import UserError
@@ -85,38 +85,39 @@ def pretrained(
         "device": jax.devices()[0].device_kind,
     }
     digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:16]
-    checkpoints = Checkpoints(cache_folder() / f"pretrained-{digest}")
-
+    folder = cache_folder() / f"pretrained-{digest}"
     trainer = Trainer(
         graphdef,
         functools.partial(pretraining, steps=recipe.steps),
         chunk_steps=recipe.chunk_steps,
         vocabulary=config.vocab_size,
     )
-    state = checkpoints.restore_or(trainer.init(params, recipe.learning_rate))
     batches = CroppedBatches(
         np.frombuffer(text.content, np.uint8),
         jax.random.key(0),
         batch_size=recipe.batch_size,
         seq_len=seq_len,
     )
-    with tqdm(
-        total=recipe.steps, initial=int(state.step), desc="pretraining", unit="step"
-    ) as progress:
+    with alone_in(folder):
+        checkpoints = Checkpoints(folder)
+        state = checkpoints.restore_or(trainer.init(params, recipe.learning_rate))
+        with tqdm(
+            total=recipe.steps, initial=int(state.step), desc="pretraining", unit="step"
+        ) as progress:
 
-        def log(step: int, metrics: Metrics, seconds: float) -> None:
-            progress.set_postfix(loss=f"{metrics.loss[-1]:.3f}", refresh=False)
-            progress.update(len(metrics.loss))
+            def log(step: int, metrics: Metrics, seconds: float) -> None:
+                progress.set_postfix(loss=f"{metrics.loss[-1]:.3f}", refresh=False)
+                progress.update(len(metrics.loss))
 
-        state = trainer.fit(
-            state,
-            frozen,
-            batches,
-            recipe.learning_rate,
-            steps=recipe.steps,
-            log=log,
-            save=checkpoints.save,
-            save_steps=recipe.checkpoint_steps,
-        )
-    checkpoints.close()
+            state = trainer.fit(
+                state,
+                frozen,
+                batches,
+                recipe.learning_rate,
+                steps=recipe.steps,
+                log=log,
+                save=checkpoints.save,
+                save_steps=recipe.checkpoint_steps,
+            )
+        checkpoints.close()
     return nnx.merge(graphdef, state.params, frozen)

@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from experiments.errors import UserError
 
 _CONFIG, _METRICS, _EVENTS, _RUNS = "config.json", "metrics.jsonl", "events.jsonl", "runs.json"
@@ -34,7 +36,7 @@ _MEASURED = (_METRICS, _EVENTS, _RUNS, _ROWS, _CHECKPOINTS)
 
 
 class Results:
-    """The results folder of one suite with one configuration.
+    """The results folder of one suite with one configuration, for one process at a time.
 
     Args:
       folder: The folder; made if it is missing.
@@ -44,11 +46,20 @@ class Results:
 
     def __init__(self, folder: Path, config: dict[str, Any], *, fresh: bool):
         self.folder = folder
+        lock = folder.with_name(f".{folder.name}.lock")
+        # Let go by the end of the process, however it ends.
+        self._lock = FileLock(lock, timeout=0, is_singleton=True)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
             if fresh:
                 self._clear()
             self._adopt(config)
+        except Timeout as error:
+            raise UserError(
+                f"{folder}: another process is at work in it ({lock}): wait for it, or choose "
+                "another --results"
+            ) from error
         except OSError as error:
             raise UserError(f"cannot write results to {folder}: {error.strerror}") from error
         self.runs: dict[str, dict[str, Any]] = self._read_json(_RUNS, {})
