@@ -9,6 +9,11 @@ from lbw_optax.policy import Action, Command
 from lbw_optax.sensing import is_inexact
 
 
+def _wide(dtype: Any) -> Any:
+    """What products are made in; float8 has no promotion to it of its own."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
 def emit(command: Command, step: Any, last_step: Any) -> Any:
     """Builds the emitted update.
 
@@ -26,11 +31,12 @@ def emit(command: Command, step: Any, last_step: Any) -> Any:
     undone = command.action == Action.BACKTRACK
 
     def leaf(u, d):
-        if u.dtype == jax.dtypes.float0:
+        if getattr(u, "dtype", None) == jax.dtypes.float0:
             return u
+        u = jnp.asarray(u)
         if not is_inexact(u):
             return jnp.where(passed | shortened, u, jnp.zeros_like(u))
-        wide = jnp.promote_types(u.dtype, jnp.float32)
+        wide = _wide(u.dtype)
         usable = jnp.where(jnp.isfinite(u), u, 0).astype(wide)
         other = jnp.where(shortened, command.factor * usable, 0)
         if d is not None and is_inexact(d):
@@ -59,7 +65,7 @@ def keep_step(command: Command, moved: jax.Array, applied: Any, last_step: Any) 
     def leaf(d, e):
         if not is_inexact(d):
             return d
-        kept = command.factor * d.astype(jnp.promote_types(d.dtype, jnp.float32))
+        kept = command.factor * d.astype(_wide(d.dtype))
         shorter = jnp.where(undone, kept.astype(d.dtype), d)
         return jnp.where(moved, e.astype(d.dtype), shorter)
 

@@ -116,8 +116,9 @@ def guard(
     """
     law = Law() if law is None else law
     _check(inner, memory, min_scale, relative_step_limit, max_rejections, log_size, law)
-    limits = policy.Limits(min_scale, relative_step_limit, max_rejections)
-    return _guard(inner, memory, limits, log_size, axis_name, law)
+    # Python's own numbers: numpy's would decide the dtypes of the state.
+    limits = policy.Limits(float(min_scale), float(relative_step_limit), int(max_rejections))
+    return _guard(inner, memory, limits, int(log_size), axis_name, law)
 
 
 def _guard(inner, mode, limits, log_size, axis_name, law):
@@ -129,7 +130,7 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
         if any(jnp.issubdtype(d, jnp.complexfloating) for d in dtypes):
             raise ValueError(
                 "guard: params must be real, got complex leaves; put the guard inside "
-                "optax.contrib.split_real_and_imaginary"
+                "optax.contrib.split_real_and_imaginary, whose update takes no value="
             )
         return GuardState(
             inner_state=inner.init(params),
@@ -209,7 +210,9 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
 
         # Learn and log.
         nonfinite = controller.nonfinites > 0
-        observed = sensing.observe(state.statistics, telemetry, signals, last_scale, moved, law)
+        observed = sensing.observe(
+            state.statistics, telemetry, signals, last_scale, moved, has_loss, law
+        )
         spike = diagnosis.alarm == Cause.GRADIENT_SPIKE
         absorbed = state.statistics._replace(gradient_mean=observed.gradient_mean)
         statistics = jax.tree.map(
@@ -258,9 +261,9 @@ def _check(inner, mode, min_scale, relative_step_limit, max_rejections, log_size
                 f"guard: {name} must be in [{low:g}, {high:g}], got {number!r}{_hint(number)}"
             )
     for name, count in (("max_rejections", max_rejections), ("log_size", log_size)):
-        if not (_is_number(count, numbers.Integral) and count >= 1):
+        if not (_is_number(count, numbers.Integral) and 1 <= count < 2**31):
             raise ValueError(
-                f"guard: {name} must be an integer in [1, inf), got {count!r}{_hint(count)}"
+                f"guard: {name} must be an integer in [1, 2**31), got {count!r}{_hint(count)}"
             )
     if not isinstance(law, Law):
         raise ValueError(f"guard: law must be a lbw_optax.Law, got {law!r}")

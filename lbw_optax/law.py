@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 
 _SHARES = (
     "trust_way",
@@ -26,6 +27,19 @@ _FACTORS = (
     "trust_growth",
     "collapse_ratio",
     "spike_ratio",
+)
+
+_THRESHOLDS = (
+    "relative_step",
+    "relative_step_start",
+    "stress_noise",
+    "backtrack_noise",
+    "jump_noise",
+    "jump_overshoot",
+    "collapse_ratio",
+    "spike_ratio",
+    "stress_pressure",
+    "brief_pressure",
 )
 
 
@@ -165,8 +179,13 @@ class Law:
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
-            if not isinstance(value, (int, float)) or math.isnan(value) or value <= 0:
+            if not isinstance(value, numbers.Real) or math.isnan(value) or value <= 0:
                 raise ValueError(f"Law.{name} must be a number above 0, got {value!r}")
+            if math.isinf(value) and name not in _THRESHOLDS:
+                raise ValueError(f"Law.{name} must be finite, got {value!r}")
+            # Python's own numbers: numpy's would decide the dtypes of the state.
+            whole = isinstance(value, numbers.Integral)
+            object.__setattr__(self, name, int(value) if whole else float(value))
         for name in _FACTORS:
             if getattr(self, name) < 1:
                 raise ValueError(f"Law.{name} must be at least 1, got {getattr(self, name)!r}")

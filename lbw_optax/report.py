@@ -96,14 +96,17 @@ class Report:
 
 
 def _find(opt_state: Any) -> GuardState:
-    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, GuardState))
-    found = [x for x in leaves if isinstance(x, GuardState)]
+    found = _guards(opt_state)
     if len(found) != 1:
         raise ValueError(f"opt_state must hold exactly one guard, found {len(found)}")
     # nnx keeps each array in a variable of its own.
     state = jax.tree.map(
         lambda x: x.get_value() if _is_variable(x) else x, found[0], is_leaf=_is_variable
     )
+    if isinstance(state.regime, jax.core.Tracer | jax.ShapeDtypeStruct):
+        raise ValueError(
+            "opt_state must hold numbers, got a tracer or a shape: read it outside jit and scan"
+        )
     runs = np.shape(state.regime)
     if runs:
         raise ValueError(
@@ -111,6 +114,13 @@ def _find(opt_state: Any) -> GuardState:
             "with jax.tree.map(lambda x: x[0], opt_state)"
         )
     return state
+
+
+def _guards(opt_state: Any) -> list[GuardState]:
+    """Every guard's state, those inside another's too."""
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, GuardState))
+    found = [x for x in leaves if isinstance(x, GuardState)]
+    return found + [inner for x in found for inner in _guards(x.inner_state)]
 
 
 def _is_variable(x: Any) -> bool:

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lbw_optax.law import Law
 
@@ -47,12 +48,13 @@ class Statistics(NamedTuple):
 
     Attributes:
       observations: how many observations were accepted.
+      losses: in how many of them the loss was given.
       gradient_mean: mean gradient norm; 0 until there is one.
       loss_mean: mean of the loss over about the last 10 steps.
       loss_trend: mean of the loss over about the last 50 steps.
-      index_mean: the first mean applied to the step index; with `index_trend` it turns the distance
-        of the two loss means into progress per step.
-      index_trend: the second mean applied to the step index.
+      index_mean: the first mean applied to the index of the loss; with `index_trend` it turns the
+        distance of the two loss means into progress per step.
+      index_trend: the second mean applied to the index of the loss.
       loss_variance: variance of the loss around its mean, not yet bias-corrected.
       overshoots: how many overshoots were accepted.
       overshoot_mean: mean of overshoot / scale^2, not yet bias-corrected.
@@ -62,6 +64,7 @@ class Statistics(NamedTuple):
     """
 
     observations: jax.Array  # shape=(), dtype=int32
+    losses: jax.Array  # shape=(), dtype=int32
     gradient_mean: jax.Array  # shape=(), dtype=float32
     loss_mean: jax.Array  # shape=(), dtype=float32
     loss_trend: jax.Array  # shape=(), dtype=float32
@@ -77,7 +80,7 @@ class Statistics(NamedTuple):
 
 def init_statistics() -> Statistics:
     """Returns the statistics of a run that has not begun."""
-    whole = ("observations", "overshoots")
+    whole = ("observations", "losses", "overshoots")
     # Each field is an array of its own: shared buffers could not be donated.
     zeros = {
         name: jnp.zeros([], jnp.int32 if name in whole else jnp.float32)
@@ -218,7 +221,7 @@ def measure(
         "overshoot": estimated_product(sampled_gradients, last_step, gradients),
         "alignment": estimated_product(sampled_usable, last_step, step),
         "nonfinite": count_nonfinite(step) + became_nonfinite(*inner_states, scalars=scalars),
-        "size": jnp.float32(sum(x.size for x in jax.tree.leaves(gradients) if is_inexact(x))),
+        "size": jnp.float32(sum(jnp.size(x) for x in jax.tree.leaves(gradients) if is_inexact(x))),
     }
     if axis_name is not None:
         sums = jax.lax.psum(sums, axis_name)
@@ -227,7 +230,7 @@ def measure(
     cosine = sums["alignment"] / jnp.where(known, step_norm, 1)
     cosine = cosine / jnp.where(known, last_length, 1)
     loss = jnp.float32(0) if loss is None else jnp.asarray(loss).astype(jnp.float32)
-    return Telemetry(
+    telemetry = Telemetry(
         loss=loss,
         gradient_norm=jnp.sqrt(sums["gradient"]),
         step_norm=step_norm,
@@ -242,6 +245,8 @@ def measure(
         & jnp.isfinite(sums["slope"])
         & (sums["nonfinite"] == 0),
     )
+    # Decisions are no function to differentiate: a norm of 0 would make every derivative NaN.
+    return jax.tree.map(jax.lax.stop_gradient, telemetry)
 
 
 class Signals(NamedTuple):
@@ -290,11 +295,11 @@ def compare(
     n = s.observations
     slope = _debias(s.slope_mean, law.overshoot_decay, n)
     if has_loss:
-        early = n < law.noise_warmup
+        early = s.losses < law.noise_warmup
         floor = jnp.where(early, law.noise_floor_start, law.noise_floor) * jnp.abs(s.loss_mean)
-        noise = jnp.sqrt(_debias(s.loss_variance, law.noise_decay, n))
+        noise = jnp.sqrt(_debias(s.loss_variance, law.noise_decay, s.losses))
         noise = jnp.maximum(noise, floor)
-        innovation = jnp.where(n > 0, t.loss - s.loss_mean, 0)
+        innovation = jnp.where(s.losses > 0, t.loss - s.loss_mean, 0)
         # The distance of two means of different age over the difference of their ages.
         lag = s.index_mean - s.index_trend
         progress = (s.loss_trend - s.loss_mean) / jnp.where(lag > 0, lag, jnp.inf)
@@ -367,12 +372,41 @@ def learn_gradient(statistics: Statistics, gradient_norm: jax.Array, law: Law) -
     return jnp.where(gradient_norm > 0, new, mean)
 
 
+def learn_loss(statistics: Statistics, loss: jax.Array, signals: Signals, law: Law) -> Statistics:
+    """Returns the statistics with one more loss.
+
+    Args:
+      statistics: the run so far.
+      loss: the loss, finite.
+      signals: this step compared with the run so far.
+      law: the constants.
+    """
+    s = statistics
+    index = s.losses.astype(jnp.float32)
+    # Until a mean has enough observations for its decay, it is their plain average.
+    fast = jnp.maximum(1 - law.loss_decay, 1 / (index + 1))
+    slow = jnp.maximum(1 - law.trend_decay, 1 / (index + 1))
+    loss = jnp.clip(loss, -_LARGEST, _LARGEST)
+    innovation = jnp.clip(signals.innovation, -_LARGEST, _LARGEST)
+    bound = law.noise_clip * signals.noise
+    variance = jnp.clip(innovation, -bound, bound) ** 2
+    return s._replace(
+        losses=optax.safe_increment(s.losses),
+        loss_mean=_ema(s.loss_mean, loss, fast),
+        loss_trend=_ema(s.loss_trend, loss, slow),
+        index_mean=_ema(s.index_mean, index, fast),
+        index_trend=_ema(s.index_trend, index, slow),
+        loss_variance=_ema(s.loss_variance, variance, 1 - law.noise_decay),
+    )
+
+
 def observe(
     statistics: Statistics,
     telemetry: Telemetry,
     signals: Signals,
     last_scale: jax.Array,
     moved: jax.Array,
+    has_loss: bool,
     law: Law,
 ) -> Statistics:
     """Adds one accepted step to the statistics.
@@ -383,33 +417,21 @@ def observe(
       signals: this step compared with the run so far.
       last_scale: the scale of the step whose overshoot was measured.
       moved: whether there is such a step.
+      has_loss: whether the caller gives the loss.
       law: the constants.
 
     Returns:
       The new statistics.
     """
-    s, t = statistics, telemetry
-    n = s.observations
-    index = n.astype(jnp.float32)
-    # Until a mean has enough observations for its decay, it is their plain average.
-    fast = jnp.maximum(1 - law.loss_decay, 1 / (index + 1))
-    slow = jnp.maximum(1 - law.trend_decay, 1 / (index + 1))
+    t = telemetry
+    s = learn_loss(statistics, t.loss, signals, law) if has_loss else statistics
     # Bounded so that its square stays far inside float32, whatever a step shows.
     normalised = jnp.clip(t.overshoot / last_scale**2, -_LARGEST, _LARGEST)
-    loss = jnp.clip(t.loss, -_LARGEST, _LARGEST)
-    innovation = jnp.clip(signals.innovation, -_LARGEST, _LARGEST)
-    bound = law.noise_clip * signals.noise
-    variance = jnp.clip(innovation, -bound, bound) ** 2
     b = law.overshoot_decay
-    return Statistics(
-        observations=n + 1,
+    return s._replace(
+        observations=optax.safe_increment(s.observations),
         gradient_mean=learn_gradient(s, t.gradient_norm, law),
-        loss_mean=_ema(s.loss_mean, loss, fast),
-        loss_trend=_ema(s.loss_trend, loss, slow),
-        index_mean=_ema(s.index_mean, index, fast),
-        index_trend=_ema(s.index_trend, index, slow),
-        loss_variance=_ema(s.loss_variance, variance, 1 - law.noise_decay),
-        overshoots=s.overshoots + moved,
+        overshoots=jnp.where(moved, optax.safe_increment(s.overshoots), s.overshoots),
         overshoot_mean=jnp.where(
             moved, _ema(s.overshoot_mean, normalised, 1 - b), s.overshoot_mean
         ),

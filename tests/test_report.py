@@ -95,6 +95,21 @@ def test_states_of_several_runs_are_read_one_by_one(read):
     assert read(jax.tree.map(lambda x: x[1], states)) == read(inner().init({"w": jnp.ones(3)}))
 
 
+@pytest.mark.parametrize("read", [report, events])
+def test_a_guard_inside_a_guard_is_two(read):
+    with pytest.raises(ValueError, match="found 2"):
+        read(guard(inner()).init(PARAMS))
+
+
+@pytest.mark.parametrize("read", [report, events])
+def test_states_without_numbers_are_refused(read):
+    state = inner().init(PARAMS)
+    with pytest.raises(ValueError, match="outside jit"):
+        jax.jit(lambda s: read(s) and 0)(state)
+    with pytest.raises(ValueError, match="outside jit"):
+        read(jax.eval_shape(inner().init, PARAMS))
+
+
 def test_fresh_guard_reports_nothing():
     state = inner().init(PARAMS)
     summary = report(state)

@@ -29,6 +29,7 @@ BAD = {
     "rejections_float": ({"max_rejections": 2.5}, "max_rejections", "2.5"),
     "rejections_none": ({"max_rejections": None}, "max_rejections", "None"),
     "rejections_bool": ({"max_rejections": True}, "max_rejections", "True"),
+    "rejections_overflow": ({"max_rejections": 2**31}, "max_rejections", "2147483648"),
     "log_zero": ({"log_size": 0}, "log_size", "0"),
     "log_negative": ({"log_size": -5}, "log_size", "-5"),
     "log_float": ({"log_size": 16.0}, "log_size", "16.0"),
@@ -87,6 +88,9 @@ def test_good_argument_is_taken(good):
         ("cut", 1.5),
         ("calm_steps", "many"),
         ("growth", None),
+        ("brief_steps", math.inf),
+        ("noise_clip", math.inf),
+        ("share", math.inf),
     ],
 )
 def test_bad_constant_of_the_law_is_named(name, value):
