@@ -86,6 +86,8 @@ class Lab(Generic[Config]):
         self.mesh = _mesh(options.mesh)
         """Where a `Finetune` is used, see `on_mesh`."""
         self._finetune: Finetune | None = None
+        if options.models is not None and not options.models.is_dir():
+            raise UserError(f"--models {options.models}: no such folder")
         self._corpus = _read("--data", options.data)
         self._pretraining = _read("--pretrain-data", options.pretrain_data)
         chosen = {
@@ -118,6 +120,8 @@ class Lab(Generic[Config]):
                 # Corrections start without effect: the seed does not matter.
                 start = finetune.start(self.seeds[0])
                 loss = finetune.heldout_loss(start.params, start.frozen)
+            if not math.isfinite(loss):
+                raise UserError(f"{job.base.name}: its held-out loss is {loss} before any training")
             self.folder.finish(name, {"heldout_loss": loss})
         return perplexity(self.folder.runs[name])
 

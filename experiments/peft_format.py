@@ -17,9 +17,12 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 # Settings of PEFT that would change the outputs -> the values that mean that they do not.
 _OFF = {
+    "alora_invocation_tokens": (None,),
+    "alpha_pattern": (None, {}),
     "bias": ("none",),
     "fan_in_fan_out": (False,),
-    "alpha_pattern": (None, {}),
+    # Others, such as PiSSA's, change the base model when PEFT loads them.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),
     "layers_to_transform": (None,),
     "lora_bias": (False,),
     "modules_to_save": (None, []),
@@ -38,19 +41,21 @@ def save_adapters(model: Decoder, folder: str | Path, *, base: str | None = None
       base: Where the model without adapters is to be found, for the reader's information.
 
     Raises:
-      ValueError: The model has no adapters.
+      ValueError: The model has no adapters, or some of another rank or scale than the others.
     """
     layers = {name: layer for _, name, layer in find_layers(model, LoRALinear)}
     if not layers:
         raise ValueError("model has no adapters: call lora.add_lora first")
-    layer = next(iter(layers.values()))
-    rank = layer.lora_a.shape[-1]
+    kinds = {(x.lora_a.shape[-1], x.scaling, x.dropout.rate) for x in layers.values()}
+    if len(kinds) > 1:
+        raise ValueError(f"model has adapters of different (rank, scale, dropout): {kinds}")
+    ((rank, scaling, dropout),) = kinds
     config = {
         "base_model_name_or_path": base,
         "bias": "none",
         "fan_in_fan_out": False,
-        "lora_alpha": layer.scaling * rank,
-        "lora_dropout": layer.dropout.rate,
+        "lora_alpha": scaling * rank,
+        "lora_dropout": dropout,
         "peft_type": "LORA",
         "r": rank,
         "target_modules": sorted(layers),
@@ -74,8 +79,11 @@ def load_adapters(model: Decoder, folder: str | Path, *, mesh: Mesh | None = Non
       The same model.
 
     Raises:
+      ValueError: The model has adapters already.
       UserError: The folder holds no adapters, other ones than LoRA, or ones that do not fit.
     """
+    if find_layers(model, LoRALinear):
+        raise ValueError("model has adapters already: call lora.merge_lora first")
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -90,9 +98,12 @@ def load_adapters(model: Decoder, folder: str | Path, *, mesh: Mesh | None = Non
             raise UserError(
                 f"{folder}/{CONFIG}: {name}={value!r}: only {allowed[0]!r} is supported"
             )
-    if not isinstance(targets, list) or set(targets) - set(TARGETS):
+    if not isinstance(targets, list) or not targets or set(targets) - set(TARGETS):
         allowed = ", ".join(TARGETS)
         raise UserError(f"{file}: target_modules={targets!r}: must be a list of {allowed}")
+    missing = [name for name in ("r", "lora_alpha") if name not in config]
+    if missing:
+        raise UserError(f"{file}: lacks {', '.join(missing)}")
     add_lora(
         model,
         config["r"],

@@ -58,7 +58,9 @@ def tokenized(documents: Documents, tokenizer: Tokenizer) -> TokenStream:
         try:
             _write(documents, tokenizer, dtype, folder)
         except OSError as error:
-            raise UserError(f"cannot write tokens to {folder}: {error.strerror}") from error
+            raise UserError(
+                f"cannot write tokens to {folder}: {error.strerror or error}"
+            ) from error
     return TokenStream(np.memmap(folder / _TOKENS, dtype, "r"), np.load(folder / _STARTS))
 
 

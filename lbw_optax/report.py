@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from lbw_optax.guard import GuardState
 from lbw_optax.interpretation import Cause, Regime
@@ -103,7 +104,7 @@ def _find(opt_state: Any) -> GuardState:
     state = jax.tree.map(
         lambda x: x.get_value() if _is_variable(x) else x, found[0], is_leaf=_is_variable
     )
-    if isinstance(state.regime, jax.core.Tracer | jax.ShapeDtypeStruct):
+    if isinstance(state.regime, Tracer | jax.ShapeDtypeStruct):
         raise ValueError(
             "opt_state must hold numbers, got a tracer or a shape: read it outside jit and scan"
         )

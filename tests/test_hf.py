@@ -113,7 +113,11 @@ def test_what_other_writers_leave_in_is_ignored(folder):
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope_type='yarn'"),
+        ({"rope_parameters": {"type": "linear", "rope_theta": 1.0}}, "rope_type='linear'"),
         ({"model_type": "llama", "attention_bias": True}, "attention_bias=True"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config="),
+        ({"rms_norm_eps": None}, "rms_norm_eps=None: must be a number"),
+        ({"num_key_value_heads": 3}, r"config.json: num_attention_heads \(4\) must be a multiple"),
     ],
 )
 def test_another_architecture_is_refused(folder, change, message):
@@ -157,6 +161,16 @@ def test_hub(folder, monkeypatch):
     assert load_pretrained("someone/model").config == QWEN
     with pytest.raises(UserError, match=r"someone/else: .*No such repository\.$"):
         load_pretrained("someone/else")
+
+
+def test_a_tied_head_that_is_another_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(hf, "_ROWS", 5)
+    tensors = load_file(folder / hf.WEIGHTS)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    tensors["lm_head.weight"][-1, -1] += 1
+    save_file(tensors, folder / hf.WEIGHTS)
+    with pytest.raises(UserError, match=r"lm_head\.weight is not model\.embed_tokens\.weight"):
+        load_pretrained(folder)
 
 
 def test_adapters_must_be_merged_before_saving(tmp_path):

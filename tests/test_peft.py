@@ -88,6 +88,7 @@ def test_both_directions_with_peft(tmp_path, config):
     [
         ({"peft_type": "IA3"}, "peft_type='IA3'"),
         ({"use_dora": True}, "use_dora=True: only False is supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa': only True is supported"),
         ({"target_modules": "all-linear"}, "target_modules='all-linear'"),
         ({"target_modules": ["lm_head"]}, f"must be a list of {', '.join(TARGETS)}"),
         ({"r": RANK + 1}, r"lora_A\.weight has the shape"),
@@ -98,6 +99,19 @@ def test_other_adapters_are_refused(tmp_path, change, message):
     config = json.loads((tmp_path / peft_format.CONFIG).read_text())
     (tmp_path / peft_format.CONFIG).write_text(json.dumps(config | change))
     with pytest.raises(UserError, match=message):
+        load_adapters(decoder(QWEN), tmp_path)
+
+
+def test_adapters_of_two_kinds(tmp_path):
+    model = adapted(QWEN, targets=("q_proj",))
+    save_adapters(model, tmp_path)
+    with pytest.raises(ValueError, match="adapters already"):
+        load_adapters(model, tmp_path)
+    add_lora(model, 1, 7.0, targets=("v_proj",), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="different"):
+        save_adapters(model, tmp_path)
+    (tmp_path / peft_format.CONFIG).write_text('{"target_modules": ["q_proj"]}')
+    with pytest.raises(UserError, match="lacks r, lora_alpha"):
         load_adapters(decoder(QWEN), tmp_path)
 
 

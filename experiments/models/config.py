@@ -12,6 +12,7 @@ from experiments.errors import UserError
 _FIXED = {
     "hidden_act": "silu",
     "mlp_bias": False,
+    "quantization_config": None,
     "rope_scaling": None,
     "use_sliding_window": False,
 }
@@ -70,12 +71,16 @@ class DecoderConfig:
         Raises:
           UserError: The file describes a model that the decoder would not reproduce.
         """
+        if not isinstance(config, Mapping):
+            raise UserError("config.json: is no mapping")
         family = config.get("model_type")
         rope = config.get("rope_parameters") or config
         if family not in ("qwen2", "llama"):
             raise UserError(f"config.json: model_type={family!r}: must be 'qwen2' or 'llama'")
         fixed = _FIXED | ({"attention_bias": False} if family == "llama" else {})
-        found = {"rope_type": rope.get("rope_type", "default"), **config}
+        # Only in the mapping of its own `type` is the older name for the same.
+        older = "default" if rope is config else rope.get("type", "default")
+        found = {"rope_type": rope.get("rope_type", older), **config}
         for name, value in {"rope_type": "default", **fixed}.items():
             if found.get(name, value) != value:
                 raise UserError(f"config.json: {name}={found[name]!r}: only {value!r} is supported")
@@ -91,14 +96,21 @@ class DecoderConfig:
         names = {field.name for field in fields}
         shape = {name: config[name] for name in names & config.keys()}
         if shape.get("head_dim") is None:
-            shape["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+            shape.pop("head_dim", None)
+        for name, value in shape.items():
+            if not isinstance(value, int | float):
+                raise UserError(f"config.json: {name}={value!r}: must be a number")
+        shape.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
         # Qwen2's file does not say that its q, k and v have a bias: the model class does.
         shape["attention_bias"] = family == "qwen2"
         # Hugging Face writes no key for a value that equals its class default, which is untied.
         shape.setdefault("tie_word_embeddings", False)
         if "rope_theta" in rope:
             shape["rope_theta"] = rope["rope_theta"]
-        return cls(**shape)
+        try:
+            return cls(**shape)
+        except ValueError as error:  # Numbers that do not fit together.
+            raise UserError(f"config.json: {error}") from error
 
     def to_hf(self) -> dict[str, Any]:
         """The content of a `config.json` that `from_hf` and `transformers` read.

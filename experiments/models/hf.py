@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from huggingface_hub import snapshot_download
 from jax.sharding import Mesh
@@ -14,10 +16,13 @@ from jax.sharding import Mesh
 from experiments.errors import UserError, reading
 from experiments.models.config import DecoderConfig
 from experiments.models.decoder import Decoder
-from experiments.models.tensors import read_params, write_params
+from experiments.models.tensors import open_tensors, read_params, write_params
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_ROWS = 4096  # Of the embedding, that are on the host at once.
 
 
 def load_pretrained(
@@ -52,12 +57,16 @@ def load_pretrained(
         lambda: Decoder(config, dtype=dtype, param_dtype=param_dtype, **settings, rngs=nnx.Rngs(0))
     )
 
+    files = _weights(folder)
+    if config.tie_word_embeddings:
+        _check_tied_head(files)
+
     def ignored(name):
         # Some files have the tied head once more, or a table that old versions of Llama kept.
-        tied_head = config.tie_word_embeddings and name == "lm_head.weight"
+        tied_head = config.tie_word_embeddings and name == _HEAD
         return tied_head or name.endswith("rotary_emb.inv_freq")
 
-    nnx.update(model, read_params(nnx.state(model), _weights(folder), mesh=mesh, ignored=ignored))
+    nnx.update(model, read_params(nnx.state(model), files, mesh=mesh, ignored=ignored))
     return model
 
 
@@ -82,6 +91,22 @@ def save_pretrained(model: Decoder, folder: str | Path) -> None:
     config = model.config.to_hf() | {"torch_dtype": jnp.dtype(dtype).name}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     write_params(params, folder / WEIGHTS)
+
+
+def _check_tied_head(files: Sequence[Path]) -> None:
+    """Refuses a head that is not the embedding: transformers would not tie it either."""
+    tensors = open_tensors(files)
+    if not {_HEAD, _EMBEDDING} <= tensors.keys():
+        return
+    head, embedding = tensors[_HEAD], tensors[_EMBEDDING]
+    rows = embedding.get_shape()[0]
+    parts = (slice(start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS))
+    if head.get_shape() != embedding.get_shape() or not all(
+        np.array_equal(head[part], embedding[part]) for part in parts
+    ):
+        raise UserError(
+            f"{files[0].parent}: {_HEAD} is not {_EMBEDDING}, but tie_word_embeddings is true"
+        )
 
 
 def _folder(source: str | Path) -> Path:

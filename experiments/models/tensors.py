@@ -56,6 +56,16 @@ def torch_name(path: Sequence[str]) -> str:
     return ".".join([*modules, _LEAVES.get(leaf, leaf)])
 
 
+def open_tensors(files: Sequence[Path]) -> dict[str, Any]:
+    """The tensors of safetensors files by name, each read where it is sliced."""
+    tensors = {}
+    for file in files:
+        with reading(file):
+            opened = safe_open(file, framework="np")
+        tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+    return tensors
+
+
 def read_params(
     params: nnx.State,
     files: Sequence[Path],
@@ -78,11 +88,7 @@ def read_params(
     Raises:
       UserError: Tensors are missing, left over or of another shape; it names them all.
     """
-    tensors = {}
-    for file in files:
-        with reading(file):
-            opened = safe_open(file, framework="np")
-        tensors |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+    tensors = open_tensors(files)
     flat = nnx.to_flat_state(params)
     _check_tensors(flat, tensors, files[0].parent, ignored)
     places = jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), params)
