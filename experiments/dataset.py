@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import jax
 
 from experiments.batches import Batches
 from experiments.corpus import TEST, TRAIN, Corpus, corpus_of_text, wikitext
-from experiments.data import python_manual
+from experiments.data import python_manual, walk
 from experiments.errors import UserError
 from experiments.jobs import Job
 from experiments.models.llama2c import Llama2cTokenizer
@@ -27,9 +28,30 @@ CORPORA: dict[str, Callable[[], Corpus]] = {
 """Name in `Job.corpus` -> the corpus."""
 
 
+_BLOCKS, _BLOCK = 64, 2**16  # Per file, and bytes of each: a small file is hashed as a whole.
+
+
 def checkpoint(job: Job, models: Path | None) -> str:
     """Where the job's checkpoint is: a folder below `models`, or its name on the hub."""
     return job.base.name if models is None else str(models / job.base.name.split("/")[-1])
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of a checkpoint: of the names and sizes of its files, and of blocks of them.
+
+    The blocks are evenly spread; a training step changes them all, and the whole would take minutes
+    to read.
+    """
+    sha256 = hashlib.sha256()
+    for file in walk(folder):
+        size = file.stat().st_size
+        sha256.update(f"{file.relative_to(folder)} {size} ".encode())
+        last = max(size - _BLOCK, 0)
+        with file.open("rb") as content:
+            for start in sorted({last * i // (_BLOCKS - 1) for i in range(_BLOCKS)}):
+                content.seek(start)
+                sha256.update(content.read(_BLOCK))
+    return sha256.hexdigest()
 
 
 class Dataset:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from experiments.corpus import Corpus, read_corpus
-from experiments.dataset import Dataset
+from experiments.dataset import Dataset, checkpoint, fingerprint
 from experiments.environment import described, made_with
 from experiments.errors import UserError, checked_seeds, preset_of
 from experiments.finetune import Finetune, Run
@@ -114,7 +114,14 @@ class Lab(Generic[Config]):
     def zero_step(self, job: Job) -> float:
         """Held-out perplexity of a job's model before the first step."""
         name = f"zero-step, {job.base.name}, {'LoRA' if job.lora else 'full'}"
-        if name not in self.folder.runs:
+        model = self._fingerprint(job)
+        done = self.folder.runs.get(name)
+        if done and model and done.get("model") != model["model"]:
+            raise UserError(
+                f"{self.folder.folder} holds results of another {job.base.name}: choose another "
+                "--results, or --fresh to start over"
+            )
+        if not done:
             finetune = self.finetune(job)
             with on_mesh(self.mesh):
                 # Corrections start without effect: the seed does not matter.
@@ -122,8 +129,15 @@ class Lab(Generic[Config]):
                 loss = finetune.heldout_loss(start.params, start.frozen)
             if not math.isfinite(loss):
                 raise UserError(f"{job.base.name}: its held-out loss is {loss} before any training")
-            self.folder.finish(name, {"heldout_loss": loss})
+            self.folder.finish(name, {"heldout_loss": loss, **model})
         return perplexity(self.folder.runs[name])
+
+    def _fingerprint(self, job: Job) -> dict[str, str]:
+        """What tells a checkpoint of the user's own from another, as a part of a record."""
+        if self.options.models is None or job.base.recipe is not None:
+            return {}
+        folder = Path(checkpoint(job, self.options.models))
+        return {"model": fingerprint(folder)} if folder.is_dir() else {}
 
     def measure(
         self,

@@ -140,13 +140,17 @@ class Results:
         path = self.folder / name
         if not path.exists():
             return default
-        try:
-            return json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path} is damaged: use --fresh to start over") from error
+        return self._parse(name, path.read_text())
 
     def _read_jsonl(self, name: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._lines(name)[:-1]]
+        return [self._parse(name, line) for line in self._lines(name)[:-1]]
+
+    def _parse(self, name: str, text: str) -> Any:
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            path = self.folder / name
+            raise UserError(f"{path} is damaged: use --fresh to start over") from error
 
     def _lines(self, name: str) -> list[str]:
         """The lines of a file; the last is empty, or one that a killed job did not finish."""
@@ -155,7 +159,7 @@ class Results:
 
     def _filter(self, name: str, keep: Callable[[dict[str, Any]], bool]) -> None:
         *lines, torn = self._lines(name)
-        kept = [line for line in lines if keep(json.loads(line))]
+        kept = [line for line in lines if keep(self._parse(name, line))]
         if torn or len(kept) < len(lines):  # A new run has nothing to drop.
             self.write(name, "".join(f"{line}\n" for line in kept))
 

@@ -86,7 +86,7 @@ def guard(
 
     Returns:
       A transformation whose ``update`` takes the loss of the step as ``value=`` (or ``loss=``).
-      Without it, or without ``params``, the sensors that need it are off and
+      At a step without it, or without ``params``, the sensors that need it are off and
       :func:`lbw_optax.report` says so.
 
     Raises:

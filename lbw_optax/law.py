@@ -41,6 +41,7 @@ _THRESHOLDS = (
     "stress_pressure",
     "brief_pressure",
 )
+"""What may be infinite."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -253,7 +253,14 @@ class TestErrors:
         folder = tmp_path / "lr_stress" / "tiny"
         folder.mkdir(parents=True)
         (folder / "config.json").write_text("{")
-        assert "damaged: use --fresh" in error()
+        assert "config.json is damaged: use --fresh" in error()
+
+    def test_damaged_metrics(self, tmp_path):
+        results = Results(tmp_path, {}, fresh=False)
+        (tmp_path / "metrics.jsonl").write_text('{"run": "a", "st\n{"run": "a", "step": 2}\n')
+        for read in (lambda: results.start("a", 1), lambda: results.metrics("a")):
+            with pytest.raises(UserError, match="metrics.jsonl is damaged: use --fresh"):
+                read()
 
 
 def test_diverged_runs_can_be_drawn():

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 import types
 
 import jax
@@ -202,6 +203,14 @@ def test_a_checkpoint_and_a_text_from_folders(tmp_path, cache, monkeypatch, caps
     rows = _rows(tmp_path, "lr_stress")
     before = rows["zero-step, someone/tiny, LoRA"]
     assert float(rows["AdamW at 10x, seed 0"]["heldout_loss"]) < float(before["heldout_loss"])
+
+    # Another model in the same place is not taken for this one.
+    assert main(command) == 0
+    save_pretrained(Decoder(config, rngs=nnx.Rngs(1)), folder)
+    assert main(command) == 2
+    assert "holds results of another someone/tiny" in capsys.readouterr().err
+    shutil.rmtree(folder)
+    assert main(command) == 0  # What is finished is printed without it.
 
 
 def test_eight_devices_end_as_one(results, tmp_path, monkeypatch):
