@@ -259,7 +259,7 @@ class TestErrors:
         results = Results(tmp_path, {}, fresh=False)
         (tmp_path / "metrics.jsonl").write_text('{"run": "a", "st\n{"run": "a", "step": 2}\n')
         for read in (lambda: results.start("a", 1), lambda: results.metrics("a")):
-            with pytest.raises(UserError, match="metrics.jsonl is damaged: use --fresh"):
+            with pytest.raises(UserError, match=r"metrics\.jsonl is damaged: use --fresh"):
                 read()
 
 
