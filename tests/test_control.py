@@ -421,25 +421,24 @@ def test_losses_now_and_then_raise_no_alarm(every):
 
 
 @pytest.mark.parametrize("inner", [optax.sgd, optax.adam])
-@pytest.mark.parametrize("memory", ["none", "sparse", "step"])
-def test_derivatives_go_through_an_idle_guard(inner, memory):
+def test_derivatives_go_through_an_idle_guard(inner):
     def end(rate, start, wrap):
-        tx, params = wrap(inner(rate)), start
-        tx = optax.with_extra_args_support(tx)
-        state = tx.init(params)
-        for _ in range(4):
+        tx = optax.with_extra_args_support(wrap(inner(rate)))
+
+        def body(carry, _):
+            params, state = carry
             loss, grads = jax.value_and_grad(lambda p: jnp.sum((p - 3) ** 2))(params)
             updates, state = tx.update(grads, state, params, value=loss)
-            params = params + updates
+            return (params + updates, state), None
+
+        (params, _), _ = jax.lax.scan(body, (start, tx.init(start)), length=4)
         return jnp.sum((params - 3) ** 2)
 
-    derivatives = jax.grad(end, argnums=(0, 1))
+    derivatives = jax.jit(jax.grad(end, argnums=(0, 1)), static_argnums=2)
     start = jnp.array([1.0, 2.0, 3.5])
     plain = derivatives(1e-3, start, lambda tx: tx)
-    chex.assert_trees_all_close(
-        derivatives(1e-3, start, lambda tx: guard(tx, memory=memory)), plain, rtol=1e-5
-    )
-    stressed = jax.grad(end)(10.0, start, lambda tx: guard(tx, memory=memory))
+    chex.assert_trees_all_close(derivatives(1e-3, start, guard), plain, rtol=1e-5)
+    stressed, _ = derivatives(10.0, start, guard)
     assert jnp.isfinite(stressed)
 
 
@@ -449,7 +448,7 @@ def test_parameters_in_eight_bits_may_be_frozen(memory):
     inner = optax.masked(optax.adam(0.1), {"w": True, "frozen": False})
     tx = guard(inner, memory=memory)
     grads = jax.tree.map(jnp.zeros_like, params) | {"w": jnp.ones((4, 4))}
-    updates, _ = tx.update(grads, tx.init(params), params, value=1.0)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params, value=1.0)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     assert norm(updates["w"]) > 0
 
@@ -469,5 +468,5 @@ def test_numbers_of_numpy_change_no_dtype():
         tx = guard(optax.adam(0.1), relative_step_limit=np.float64(0.5), law=law)
         params = jnp.ones(3, jnp.float32)
         state = tx.init(params)
-        _, new = tx.update(params, state, params, value=jnp.float32(1.0))
+        _, new = jax.jit(tx.update)(params, state, params, value=jnp.float32(1.0))
         chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
