@@ -15,9 +15,11 @@ from rich.console import Console
 
 from experiments.environment import described, made_with
 from experiments.errors import checked_seeds, preset_of
+from experiments.methods import Method
 from experiments.presets import BenchPreset
 from experiments.report import Table, write_report
 from experiments.results import Results
+from experiments.sweep import sweep
 from experiments.tasks import Task, language_tasks
 
 Row = dict[str, Any]
@@ -93,6 +95,30 @@ class Bench:
             self._console.print(f"{name}: {seconds:.0f} s", highlight=False, soft_wrap=True)
             rows = self._folder.cell(name)
         return [row | {"loss": math.inf} if row.get("loss", 0.0) is None else row for row in rows]
+
+    def sweep(
+        self, section: str, task: str, name: str, method: Method, rates: Iterable[float]
+    ) -> list[Row]:
+        """The rows of one method over learning rates, with every seed: a cell of its own.
+
+        Args:
+          section: Name of the section.
+          task: Name of the task.
+          name: Name of the method.
+          method: The method.
+          rates: Learning rates.
+
+        Returns:
+          The rows of `sweep`, with `section` and `method`.
+        """
+        p = self.preset
+        return self.cell(
+            f"{section}/{task}/{name}",
+            lambda: (
+                {**row, "section": section, "method": name}
+                for row in sweep(self.task(task), method, p.steps, list(rates), p.seeds)
+            ),
+        )
 
     def publish(
         self,

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import jax
 import orbax.checkpoint as ocp
-from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from experiments.errors import UserError
 
@@ -21,25 +17,6 @@ T = TypeVar("T")
 def cache_folder() -> Path:
     """Where pretrained models are kept: $LBW_OPTAX_CACHE, or ~/.cache/lbw_optax."""
     return Path(os.environ.get("LBW_OPTAX_CACHE") or Path.home() / ".cache" / "lbw_optax")
-
-
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Waits until no other process is at work in a folder, and then keeps the others waiting."""
-    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            tqdm.write(f"another process is at work in {folder}: waiting for it")
-            lock.acquire()
-    except OSError as error:
-        raise UserError(f"cannot write checkpoints to {folder}: {error.strerror}") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class Checkpoints:

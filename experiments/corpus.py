@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.data import HELDOUT_FRACTION, Text, is_utf8, walk
-from experiments.errors import UserError
+from experiments.errors import UserError, reading
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
@@ -36,8 +36,8 @@ _OTHER_FILES = (".arrow", ".csv", ".gz", ".json", ".tsv", ".zip", ".zst")
 _TEXT_COLUMN = "text"
 
 _LONGEST = 2**22
-"""Characters of a document in a text file, after which the next line begins another: a tokenizer
-takes a hundred bytes of memory for each."""
+"""Characters of a document after which the next line begins another: a tokenizer takes a hundred
+bytes of memory for each."""
 
 # The heading of a WikiText article. Sections have more signs: " = = History = = ".
 _TITLE = re.compile(r" = [^=].* = \n")
@@ -62,7 +62,7 @@ class Documents:
 
     Args:
       name: What messages call them.
-      read: Function that starts reading; blank documents are left out.
+      read: Function that starts reading; blank documents are left out, and long ones divided.
     """
 
     def __init__(self, name: str, read: Callable[[], Iterable[str]]):
@@ -70,7 +70,8 @@ class Documents:
         self._read = read
 
     def __iter__(self) -> Iterator[str]:
-        return (document for document in self._read() if document.strip())
+        pieces = itertools.chain.from_iterable(map(_pieces, self._read()))
+        return (piece for piece in pieces if piece.strip())
 
     @functools.cached_property
     def digest(self) -> Digest:
@@ -88,6 +89,16 @@ class Documents:
         if not documents:
             raise UserError(f"{self.name}: there is no text in it")
         return Digest(sha256.hexdigest(), documents, characters)
+
+
+def _pieces(document: str) -> Iterator[str]:
+    """A document itself, or one of more than `_LONGEST` characters in parts of whole lines."""
+    start = 0
+    while len(document) - start > _LONGEST:
+        stop = document.find("\n", start + _LONGEST - 1) + 1 or len(document)
+        yield document[start:stop]
+        start = stop
+    yield document[start:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +161,9 @@ def read_corpus(path: Path) -> Corpus:
     """The user's own documents.
 
     Text (.txt, .raw or any other UTF-8 file) is divided at WikiText's article headings and at lines
-    that read `<|endoftext|>`; without either a file is one document, or one for every four million
-    characters. Tables (.parquet, .jsonl) have a document per row in their column `text`, or
-    WikiText's lines.
+    that read `<|endoftext|>`; without either a file is one document. Tables (.parquet, .jsonl) have
+    a document per row in their column `text`, or WikiText's lines. What is longer than four million
+    characters is divided between lines.
 
     Args:
       path: A folder with files whose names have the word train, valid, validation or test, such as
@@ -259,9 +270,25 @@ def _of_text(file: Path) -> Iterator[str]:
         raise UserError(f"{file}: {error.strerror}") from error
 
 
+def _rows(file: Path) -> Iterator[str]:
+    read = _ROW_FILES[_type(file)]
+    with reading(file, f"not a {file.suffix} file"):
+        for number, row in enumerate(read(file), 1):
+            text = row.get(_TEXT_COLUMN) if isinstance(row, dict) else None
+            if not isinstance(text, str):
+                raise UserError(
+                    f"{file}, row {number}: a row without text in a column {_TEXT_COLUMN!r}"
+                )
+            yield text
+
+
 def _json_rows(file: Path) -> Iterator[Any]:
     with file.open(encoding="utf-8-sig") as lines:
-        yield from (json.loads(line) for line in lines if line.strip())
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                with reading(f"{file}, line {number}", "not a .jsonl file"):
+                    row = json.loads(line)
+                yield row
 
 
 def _parquet_rows(file: Path) -> Iterator[Any]:
@@ -274,22 +301,6 @@ def _parquet_rows(file: Path) -> Iterator[Any]:
 
 
 _ROW_FILES = {".parquet": _parquet_rows, ".jsonl": _json_rows}
-
-
-def _rows(file: Path) -> Iterator[str]:
-    number = 0
-    try:
-        for number, row in enumerate(_ROW_FILES[_type(file)](file), 1):
-            text = row.get(_TEXT_COLUMN) if isinstance(row, dict) else None
-            if not isinstance(text, str):
-                raise UserError(
-                    f"{file}, row {number}: a row without text in a column {_TEXT_COLUMN!r}"
-                )
-            yield text
-    # pyarrow's errors are of these types too.
-    except (OSError, ValueError, NotImplementedError) as error:
-        reason = f"{error}, behind row {number}"
-        raise UserError(f"{file}: not a {file.suffix} file ({reason})") from error
 
 
 def _of_rows(rows: Iterable[str]) -> Iterator[str]:
@@ -308,17 +319,16 @@ def _of_rows(rows: Iterable[str]) -> Iterator[str]:
 
 
 def _of_lines(lines: Iterable[str]) -> Iterator[str]:
-    document, size = [], 0
+    document = []
     before = ""
     for line, after in itertools.pairwise(itertools.chain(lines, [""])):
         # A heading stands alone; formulas and footnotes of the same form do not.
         is_title = not before.strip() and not after.strip() and _TITLE.fullmatch(line)
         is_separator = line.strip() == DOCUMENT_SEPARATOR
-        if is_title or is_separator or size >= _LONGEST:
+        if is_title or is_separator:
             yield "".join(document)
-            document, size = [], 0
+            document = []
         if not is_separator:
             document.append(line)
-            size += len(line)
         before = line
     yield "".join(document)

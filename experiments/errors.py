@@ -15,7 +15,7 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def reading(file: str | Path) -> Iterator[None]:
+def reading(file: str | Path, verdict: str = "cannot be read") -> Iterator[None]:
     """Makes one clear line of whatever a library says of a damaged file."""
     try:
         yield
@@ -23,7 +23,7 @@ def reading(file: str | Path) -> Iterator[None]:
         raise
     except Exception as error:  # Each format has errors of its own.
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{file}: cannot be read ({reason})") from error
+        raise UserError(f"{file}: {verdict} ({reason})") from error
 
 
 def preset_of(presets: Mapping[str, Value], name: str) -> Value:

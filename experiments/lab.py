@@ -117,10 +117,7 @@ class Lab(Generic[Config]):
         model = self._fingerprint(job)
         done = self.folder.runs.get(name)
         if done and model and done.get("model") != model["model"]:
-            raise UserError(
-                f"{self.folder.folder} holds results of another {job.base.name}: choose another "
-                "--results, or --fresh to start over"
-            )
+            raise self.folder.of_another(job.base.name)
         if not done:
             finetune = self.finetune(job)
             with on_mesh(self.mesh):

@@ -15,11 +15,12 @@ from flax import nnx
 from tqdm import tqdm
 
 from experiments.batches import CroppedBatches
-from experiments.checkpoint import Checkpoints, alone_in, cache_folder
+from experiments.checkpoint import Checkpoints, cache_folder
 from experiments.corpus import TRAIN, Corpus, wikitext
 from experiments.data import Text, split, standard_library
 from experiments.errors import UserError
 from experiments.jobs import PretrainConfig
+from experiments.locks import alone_in
 from experiments.methods import pretraining
 from experiments.models.config import DecoderConfig
 from experiments.models.decoder import Decoder

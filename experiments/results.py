@@ -25,9 +25,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from experiments.errors import UserError
+from experiments.locks import claim
 
 _CONFIG, _METRICS, _EVENTS, _RUNS = "config.json", "metrics.jsonl", "events.jsonl", "runs.json"
 _ROWS = "rows.jsonl"
@@ -46,23 +45,22 @@ class Results:
 
     def __init__(self, folder: Path, config: dict[str, Any], *, fresh: bool):
         self.folder = folder
-        lock = folder.with_name(f".{folder.name}.lock")
-        # Let go by the end of the process, however it ends.
-        self._lock = FileLock(lock, timeout=0, is_singleton=True)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire()
+            self._lock = claim(folder)
             if fresh:
                 self._clear()
             self._adopt(config)
-        except Timeout as error:
-            raise UserError(
-                f"{folder}: another process is at work in it ({lock}): wait for it, or choose "
-                "another --results"
-            ) from error
         except OSError as error:
             raise UserError(f"cannot write results to {folder}: {error.strerror}") from error
         self.runs: dict[str, dict[str, Any]] = self._read_json(_RUNS, {})
+
+    def of_another(self, what: str) -> UserError:
+        """The error for a folder whose results are of something else."""
+        return UserError(
+            f"{self.folder} holds results of another {what}: choose another --results, or --fresh "
+            "to start over"
+        )
 
     def checkpoint_folder(self, run: str) -> Path:
         """Where an unfinished run keeps its state."""
@@ -123,10 +121,7 @@ class Results:
         differing = sorted(k for k in config.keys() | found.keys() if config.get(k) != found.get(k))
         # A job that failed before it measured anything leaves its settings and nothing else.
         if differing and any((self.folder / name).exists() for name in _MEASURED):
-            raise UserError(
-                f"{self.folder} holds results of another job (different {', '.join(differing)}): "
-                "choose another --results, or --fresh to start over"
-            )
+            raise self.of_another(f"job (different {', '.join(differing)})")
         self.write(_CONFIG, json.dumps(config, indent=2))
 
     def _clear(self) -> None:

@@ -108,6 +108,7 @@ def record(
     Returns:
       The new ledger. A step is an event if it was not passed or if it changed the regime.
     """
+    ledger = jax.tree.map(jnp.asarray, ledger)  # A restored state may be of numpy arrays.
     active = command.action != Action.PASS
     switched = before != after
     is_event = active | switched
@@ -117,7 +118,7 @@ def record(
     event = EventRing(
         ledger.steps, command.cause, before, after, command.action, command.scale, size
     )
-    ring = jax.tree.map(lambda r, x: jnp.asarray(r).at[at].set(x, mode="drop"), ledger.ring, event)
+    ring = jax.tree.map(lambda r, x: r.at[at].set(x, mode="drop"), ledger.ring, event)
     return Ledger(
         steps=ledger.steps + 1,
         control_active_steps=ledger.control_active_steps + active,
@@ -126,7 +127,7 @@ def record(
         recorded=ledger.recorded + is_event,
         min_scale_seen=jnp.minimum(ledger.min_scale_seen, command.scale),
         control_energy=ledger.control_energy + jnp.log(command.scale) ** 2,
-        cause_counts=jnp.asarray(ledger.cause_counts).at[command.cause].add(is_event),
-        action_counts=jnp.asarray(ledger.action_counts).at[command.action].add(1),
+        cause_counts=ledger.cause_counts.at[command.cause].add(is_event),
+        action_counts=ledger.action_counts.at[command.action].add(1),
         ring=ring,
     )

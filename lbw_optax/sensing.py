@@ -380,6 +380,9 @@ def learn_loss(statistics: Statistics, loss: jax.Array, signals: Signals, law: L
       loss: the loss, finite.
       signals: this step compared with the run so far.
       law: the constants.
+
+    Returns:
+      The new statistics; those of the loss alone have changed.
     """
     s = statistics
     index = s.losses.astype(jnp.float32)

@@ -6,8 +6,8 @@ import sys
 import pytest
 from tqdm import tqdm
 
-from experiments.checkpoint import alone_in
 from experiments.errors import UserError
+from experiments.locks import alone_in
 from experiments.results import Results
 
 HOLD = """

@@ -1,6 +1,7 @@
 """The suite `overhead`: what it counts is right, and a second run only prints."""
 
 import csv
+import json
 from types import SimpleNamespace
 
 import jax
@@ -51,7 +52,10 @@ def test_bytes_on_a_tpu_that_need_not_be_there(run, monkeypatch, tmp_path):
     monkeypatch.setattr(overhead, "SingleDeviceSharding", lambda device: here)
     monkeypatch.setattr(overhead, "COMPILED", TINY)
     rows = run()
+    records = json.loads((tmp_path / "overhead/tiny/runs.json").read_text())
     for name in contestants():
+        timed, compiled = records[name], records[f"{name}, TPU v0"]
+        assert compiled == {key: timed[key] for key in overhead.BYTES}
         timed, compiled = rows[name], rows[f"{name}, TPU v0"]
         assert compiled == dict.fromkeys(timed, "") | {
             "optimizer": f"{name}, TPU v0",

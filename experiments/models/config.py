@@ -95,18 +95,17 @@ class DecoderConfig:
             raise UserError(f"config.json: lacks {', '.join(missing)}")
         names = {field.name for field in fields}
         shape = {name: config[name] for name in names & config.keys()}
-        if shape.get("head_dim") is None:
-            shape.pop("head_dim", None)
+        if "rope_theta" in rope:
+            shape["rope_theta"] = rope["rope_theta"]
         for name, value in shape.items():
-            if not isinstance(value, int | float):
+            if not isinstance(value, int | float) and (name, value) != ("head_dim", None):
                 raise UserError(f"config.json: {name}={value!r}: must be a number")
-        shape.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+        if shape.get("head_dim") is None:
+            shape["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
         # Qwen2's file does not say that its q, k and v have a bias: the model class does.
         shape["attention_bias"] = family == "qwen2"
         # Hugging Face writes no key for a value that equals its class default, which is untied.
         shape.setdefault("tie_word_embeddings", False)
-        if "rope_theta" in rope:
-            shape["rope_theta"] = rope["rope_theta"]
         try:
             return cls(**shape)
         except ValueError as error:  # Numbers that do not fit together.

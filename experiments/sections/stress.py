@@ -16,7 +16,6 @@ from experiments.bench import (
 )
 from experiments.methods import ADAMW, GUARD, PEERS, RATE_FREE
 from experiments.report import Table, with_spread
-from experiments.sweep import sweep
 from experiments.tasks import TASKS
 
 TOLERANCE = {"lora": 0.01, "scratch": 0.02, "full": 0.02}
@@ -54,14 +53,7 @@ def multiples_of_best(bench: Bench, name: str) -> dict[float, float]:
 
 
 def _cell(bench: Bench, name: str, method: str, rates: Iterable[float]) -> list[Row]:
-    p = bench.preset
-    return bench.cell(
-        f"stress/{name}/{method}",
-        lambda: (
-            {**row, "section": "stress", "method": method}
-            for row in sweep(bench.task(name), PEERS[method], p.steps, list(rates), p.seeds)
-        ),
-    )
+    return bench.sweep("stress", name, method, PEERS[method], rates)
 
 
 def _rows(bench: Bench, name: str, method: str, multiples: dict[float, float]) -> list[Row]:
