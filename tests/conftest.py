@@ -3,11 +3,16 @@
 Tests of the core also run without silent broadcasting between ranks; the experiments use it.
 """
 
+import os
+
 import hypothesis
 import jax
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
+# Threads of XLA's CPU client. By default there is one per device: operations that are not jitted
+# take those that a sum over all devices waits for, and after 40 seconds XLA aborts the process.
+os.environ.setdefault("NPROC", "32")
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
