@@ -150,6 +150,7 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
         if has_loss:
             extra_args["value"] = value
         step, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        _check_shapes(updates, step)
 
         # Sense.
         telemetry = sensing.measure(
@@ -180,7 +181,7 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
         )
         pressure = telemetry.step_norm / bounds.healthy
         diagnosis = interpretation.diagnose(
-            telemetry, signals, pressure, state.controller.too_long, law
+            telemetry, signals, pressure, state.controller.too_long, can_undo, law
         )
         regime, dwell = interpretation.next_regime(
             state.regime, state.dwell, diagnosis, last_scale, law
@@ -241,10 +242,22 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
 def _one_loss(value, loss):
     if value is not None and loss is not None:
         raise ValueError("update: give the loss once, as value= or as loss=, got both")
-    value = loss if value is None else value
-    if value is not None and jnp.shape(value) != ():
-        raise ValueError(f"update: value must be a scalar, got shape {jnp.shape(value)}")
-    return value
+    for name, given in (("value", value), ("loss", loss)):
+        if given is not None and jnp.shape(given) != ():
+            raise ValueError(f"update: {name} must be a scalar, got shape {jnp.shape(given)}")
+    return loss if value is None else value
+
+
+def _check_shapes(updates, step):
+    found = jax.tree_util.tree_leaves_with_path(updates)
+    for (path, gradient), emitted in zip(found, jax.tree.leaves(step), strict=True):
+        if jnp.shape(gradient) != jnp.shape(emitted):
+            name = jax.tree_util.keystr(path) or "the gradient"
+            raise ValueError(
+                f"update: updates must have the shapes of the step, got {jnp.shape(gradient)} for "
+                f"{name}, whose step has {jnp.shape(emitted)}; what reduces gradients per example, "
+                "such as differentially_private_aggregate, must stand before the guard"
+            )
 
 
 def _check(inner, mode, min_scale, relative_step_limit, max_rejections, log_size, law):

@@ -61,6 +61,7 @@ class Diagnosis(NamedTuple):
       long: whether the step is so long that it is suspected if the next ones are too.
       suspicion: whether steps are longer than is healthy or overshoot on average.
       calm: whether the step is well inside what is healthy.
+      empty: whether there is no step, as after a micro-batch that is only accumulated.
     """
 
     alarm: jax.Array  # shape=(), dtype=int32
@@ -68,10 +69,16 @@ class Diagnosis(NamedTuple):
     long: jax.Array  # shape=(), dtype=bool
     suspicion: jax.Array  # shape=(), dtype=bool
     calm: jax.Array  # shape=(), dtype=bool
+    empty: jax.Array  # shape=(), dtype=bool
 
 
 def diagnose(
-    telemetry: Telemetry, signals: Signals, pressure: jax.Array, too_long: jax.Array, law: Law
+    telemetry: Telemetry,
+    signals: Signals,
+    pressure: jax.Array,
+    too_long: jax.Array,
+    can_undo: bool,
+    law: Law,
 ) -> Diagnosis:
     """Names what is wrong with one step.
 
@@ -79,11 +86,15 @@ def diagnose(
     says nothing about the last step and has larger gradients than usual, while after a harmful step
     either the overshoot is positive or the gradients have died away.
 
+    A step that did harm is undone, whatever else its successor shows. Where it cannot be undone, a
+    spiking gradient comes first: that one can still be held.
+
     Args:
       telemetry: this step.
       signals: this step compared with the run so far.
       pressure: length of the inner step over the longest healthy length.
       too_long: steps in a row, before this one, that were `long`.
+      can_undo: whether the last step is remembered.
       law: the constants.
 
     Returns:
@@ -97,15 +108,18 @@ def diagnose(
     jump = s.innovation / (law.jump_noise * noise)
     blamed = overshoot > law.jump_overshoot * noise
     collapse = (jump > 1) & s.faded
-    table = [
+    nonfinite = [
         (Cause.NONFINITE_GRADIENT, ~t.gradient_finite, 0.0),
         (Cause.NONFINITE_LOSS, ~t.loss_finite, 0.0),
         (Cause.NONFINITE_STEP, ~t.step_finite, 0.0),
+    ]
+    harm = [
         (Cause.OVERSHOOT, overshot > 1, overshot),
         (Cause.COLLAPSE, collapse, jump),
         (Cause.LOSS_JUMP, (jump > 1) & blamed, jump),
-        (Cause.GRADIENT_SPIKE, s.spike > 1, s.spike),
     ]
+    spike = [(Cause.GRADIENT_SPIKE, s.spike > 1, s.spike)]
+    table = nonfinite + (harm + spike if can_undo else spike + harm)
     found = [flag for _, flag, _ in table]
     alarm = jnp.select(found, [jnp.int32(c) for c, _, _ in table], jnp.int32(Cause.NONE))
     size = jnp.select(found, [jnp.asarray(x, jnp.float32) for _, _, x in table], pressure)
@@ -118,8 +132,8 @@ def diagnose(
         size=size,
         long=long,
         suspicion=pressed | bounce,
-        # An empty step (a micro-batch that is only accumulated) shows nothing.
-        calm=(pressure < law.calm_ratio) & (pressure > 0) & ~bounce,
+        calm=(pressure < law.calm_ratio) & ~bounce,
+        empty=t.step_norm == 0,
     )
 
 
@@ -141,7 +155,7 @@ def next_regime(
     d = diagnosis
     alarm = d.alarm != Cause.NONE
     quiet = ~alarm & jnp.where(regime == Regime.STRESS, d.calm, ~d.suspicion)
-    waited = jnp.where(quiet, dwell + 1, 0)
+    waited = jnp.where(quiet, dwell + ~d.empty, 0)
     after_spike = jnp.where(scale < 1, Regime.STRESS, Regime.RECOVERY)
     after_stress = jnp.where(waited >= law.calm_steps, Regime.RECOVERY, Regime.STRESS)
     ready = (waited >= law.recovery_steps) & (scale >= 1)

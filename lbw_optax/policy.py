@@ -303,10 +303,11 @@ def decide(
     factor = jnp.minimum(scale, jnp.where(t.step_norm > 0, bounds.hard / t.step_norm, jnp.inf))
     limited = factor < scale
     scale = jnp.maximum(factor, lowest)
+    # An empty step (a micro-batch that is only accumulated) is passed, and leaves all as it was.
+    factor = jnp.where(t.step_norm > 0, factor, 1)
 
     action, cause = _name(verdict, diagnosis.alarm, regime, factor, limited, earned)
 
-    # An empty step (a micro-batch that is only accumulated) leaves the last one as it was.
     moved = taken & (t.step_norm > 0)
     bound = (regime == Regime.STRESS) & (c.scale < 1)
     radius = _next_trust_radius(c, t, bounds, bound, harm, law)

@@ -19,7 +19,7 @@ class Telemetry(NamedTuple):
       loss: minibatch loss; 0 where it was not given.
       gradient_norm: Euclidean norm of the incoming gradients.
       step_norm: norm of the finite part of the inner optimizer's step.
-      parameter_norm: norm of the parameters.
+      parameter_norm: norm of the finite part of the parameters.
       slope: <g_t, u_t>, the change of the loss that the new step predicts.
       overshoot: <g_t, d_{t-1}>, the slope at the end of the last applied step; positive means that
         the step went too far.
@@ -59,7 +59,8 @@ class Statistics(NamedTuple):
       overshoots: how many overshoots were accepted.
       overshoot_mean: mean of overshoot / scale^2, not yet bias-corrected.
       overshoot_square: mean of its square, not yet bias-corrected.
-      slope_mean: mean of |<g_t, u_t>|, not yet bias-corrected.
+      slopes: how many of the accepted steps were not empty.
+      slope_mean: mean of |<g_t, u_t>| of those, not yet bias-corrected.
       persistence: mean cosine of a step with the one before it; 1 until there are two.
     """
 
@@ -74,13 +75,14 @@ class Statistics(NamedTuple):
     overshoots: jax.Array  # shape=(), dtype=int32
     overshoot_mean: jax.Array  # shape=(), dtype=float32
     overshoot_square: jax.Array  # shape=(), dtype=float32
+    slopes: jax.Array  # shape=(), dtype=int32
     slope_mean: jax.Array  # shape=(), dtype=float32
     persistence: jax.Array  # shape=(), dtype=float32
 
 
 def init_statistics() -> Statistics:
     """Returns the statistics of a run that has not begun."""
-    whole = ("observations", "losses", "overshoots")
+    whole = ("observations", "losses", "overshoots", "slopes")
     # Each field is an array of its own: shared buffers could not be donated.
     zeros = {
         name: jnp.zeros([], jnp.int32 if name in whole else jnp.float32)
@@ -208,12 +210,13 @@ def measure(
       The telemetry; a quantity that cannot be measured is 0.
     """
     usable, sampled_usable = finite_part(step), finite_part(sampled_step)
+    size_of = finite_part(params)
     sampled = any(is_inexact(x) and jnp.size(x) for x in jax.tree.leaves(last_step))
     scalars = any(jnp.ndim(x) == 0 for x in jax.tree.leaves(gradients))
     sums = {
         "gradient": inner_product(gradients, gradients),
         "step": inner_product(usable, usable),
-        "params": inner_product(params, params),
+        "params": inner_product(size_of, size_of),
         # Of the same entries as the overshoot, since the two are compared: a + c, not a and c.
         "slope": estimated_product(sampled_gradients, sampled_usable, gradients)
         if sampled
@@ -293,7 +296,7 @@ def compare(
     """
     s, t = statistics, telemetry
     n = s.observations
-    slope = _debias(s.slope_mean, law.overshoot_decay, n)
+    slope = _debias(s.slope_mean, law.overshoot_decay, s.slopes)
     if has_loss:
         early = s.losses < law.noise_warmup
         floor = jnp.where(early, law.noise_floor_start, law.noise_floor) * jnp.abs(s.loss_mean)
@@ -389,6 +392,9 @@ def learn_loss(statistics: Statistics, loss: jax.Array, signals: Signals, law: L
     # Until a mean has enough observations for its decay, it is their plain average.
     fast = jnp.maximum(1 - law.loss_decay, 1 / (index + 1))
     slow = jnp.maximum(1 - law.trend_decay, 1 / (index + 1))
+    # The first losses may be of any size; after them no single one moves the means far.
+    far = jnp.where(s.losses < law.noise_warmup, _LARGEST, law.loss_clip * signals.noise)
+    loss = jnp.clip(loss, s.loss_mean - far, s.loss_mean + far)
     loss = jnp.clip(loss, -_LARGEST, _LARGEST)
     innovation = jnp.clip(signals.innovation, -_LARGEST, _LARGEST)
     bound = law.noise_clip * signals.noise
@@ -431,6 +437,7 @@ def observe(
     # Bounded so that its square stays far inside float32, whatever a step shows.
     normalised = jnp.clip(t.overshoot / last_scale**2, -_LARGEST, _LARGEST)
     b = law.overshoot_decay
+    empty = t.step_norm == 0
     return s._replace(
         observations=optax.safe_increment(s.observations),
         gradient_mean=learn_gradient(s, t.gradient_norm, law),
@@ -441,10 +448,9 @@ def observe(
         overshoot_square=jnp.where(
             moved, _ema(s.overshoot_square, normalised**2, 1 - b), s.overshoot_square
         ),
-        slope_mean=jnp.where(
-            t.step_norm > 0, _ema(s.slope_mean, jnp.abs(t.slope), 1 - b), s.slope_mean
-        ),
+        slopes=jnp.where(empty, s.slopes, optax.safe_increment(s.slopes)),
+        slope_mean=jnp.where(empty, s.slope_mean, _ema(s.slope_mean, jnp.abs(t.slope), 1 - b)),
         persistence=jnp.where(
-            moved & (t.step_norm > 0), _ema(s.persistence, t.alignment, 1 - b), s.persistence
+            moved & ~empty, _ema(s.persistence, t.alignment, 1 - b), s.persistence
         ),
     )

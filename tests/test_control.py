@@ -1,6 +1,7 @@
 """Behaviour on tiny problems: faults are survived, harm is undone, healthy runs stay."""
 
 import functools
+import math
 
 import chex
 import jax
@@ -8,10 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import actions, at, bits, exact_jit, feed, find, is_finite, norm, train, with_gain
+from helpers import (
+    actions,
+    at,
+    bits,
+    exact_jit,
+    feed,
+    find,
+    is_finite,
+    norm,
+    telemetry,
+    train,
+    with_gain,
+)
 
-from lbw_optax import Action, Law, Regime, events, guard, report
+from lbw_optax import Action, Law, Regime, events, guard, report, sensing
 
+LAW = Law()
 STEPS = 40
 FAULT = 20
 START = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.linspace(1.0, 2.0, 3)}
@@ -395,6 +409,46 @@ def test_double_precision_stays_finite():
             updates, state = tx.update(jnp.ones(3), state, params, value=1.0)
             assert updates.dtype == jnp.float64
             assert is_finite(updates)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_parameters_that_are_not_finite_leave_no_trace_in_the_scale(bad):
+    """One that no gradient sees: a mask kept as a parameter, or one that is repaired later."""
+    tx = guard(optax.adam(1.0))
+    params = {"w": jnp.ones(8), "unused": jnp.ones(8)}
+    state, expected = tx.init(params), tx.init(params)
+    broken = params | {"unused": jnp.ones(8).at[0].set(bad)}
+    grads = {"w": jnp.ones(8), "unused": jnp.zeros(8)}
+    for i in range(3):
+        shown = broken if i == 1 else params
+        _, state = tx.update(grads, state, shown, value=1.0)
+        _, expected = tx.update(grads, expected, params, value=1.0)
+        assert 0 < float(state.controller.scale) < 1
+    assert float(state.controller.scale) == pytest.approx(float(expected.controller.scale), 0.2)
+
+
+def test_accumulated_micro_batches_neither_act_nor_wait():
+    """The steps between two whole ones are empty: passed, and no reason to stay in STRESS."""
+    rate = optax.piecewise_constant_schedule(0.5, {10: 1e-3})
+    tx = guard(optax.MultiSteps(optax.adam(rate), 4))
+    noise = np.random.default_rng(0).standard_normal((480, 6))
+    stream = {"grads": jnp.asarray(1 + 0.1 * noise, jnp.float32), "value": jnp.ones(480)}
+    _, updates, states = run(tx, jnp.ones(6), stream)
+    empty = ~np.asarray(updates).any(axis=1)
+    assert empty.sum() == 360
+    assert {a for a, e in zip(actions(states), empty, strict=True) if e} == {Action.PASS}
+    assert Regime.STRESS in np.asarray(states.regime)
+    assert report(at(states, -1)).regime == "STABLE"
+
+
+def test_empty_steps_do_not_count_in_the_mean_slope():
+    statistics = sensing.init_statistics()
+    for slope in [0.0] * 20 + [-0.5] * 3:
+        shown = telemetry(slope=slope, step_norm=-slope, gradient_norm=1.0)
+        known = sensing.compare(statistics, shown, 1.0, False, LAW)
+        statistics = sensing.observe(statistics, shown, known, 1.0, jnp.bool_(True), False, LAW)
+    known = sensing.compare(statistics, shown, 1.0, False, LAW)
+    assert float(known.slope) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("every", [2, 7, 50, None])

@@ -25,9 +25,11 @@ def observed(overshoot=0.0, finite=(True, True, True)):
     return telemetry(overshoot=overshoot)._replace(**flags)
 
 
-def diagnosis(pressure=0.1, too_long=0, overshoot=0.0, finite=(True, True, True), **known):
-    shown = observed(overshoot, finite)
-    return diagnose(shown, signals(**known), jnp.float32(pressure), jnp.int32(too_long), LAW)
+def diagnosis(
+    pressure=0.1, too_long=0, overshoot=0.0, finite=(True, True, True), can_undo=True, **known
+):
+    shown, run = observed(overshoot, finite), signals(**known)
+    return diagnose(shown, run, jnp.float32(pressure), jnp.int32(too_long), can_undo, LAW)
 
 
 def alarm(**known):
@@ -57,6 +59,13 @@ def test_a_spike_does_not_blame_the_last_step():
     assert alarm(overshoot=overshoot, spike=10.0) == Cause.GRADIENT_SPIKE
 
 
+def test_what_cannot_be_undone_does_not_hide_a_spike():
+    jump = {"innovation": 1.01 * LAW.jump_noise, "overshoot": 1e3 * LAW.backtrack_noise}
+    assert alarm(**jump, spike=9.0) == Cause.OVERSHOOT
+    assert alarm(**jump, spike=9.0, can_undo=False) == Cause.GRADIENT_SPIKE
+    assert alarm(**jump, can_undo=False) == Cause.OVERSHOOT
+
+
 @given(st.booleans(), st.booleans(), st.booleans())
 def test_the_first_cause_of_the_table_wins(gradient, loss, step):
     finite = (gradient, loss, step)
@@ -74,7 +83,7 @@ def test_suspicion_and_calm():
     assert not found.suspicion
     assert not diagnosis(pressure=1.01 * LAW.calm_ratio).calm
     mean = signals(overshoot=1.01 * LAW.stress_noise)
-    found = diagnose(observed(), mean, jnp.float32(0.1), jnp.int32(0), LAW)
+    found = diagnose(observed(), mean, jnp.float32(0.1), jnp.int32(0), True, LAW)
     assert found.suspicion
     assert not found.calm
 
@@ -85,9 +94,10 @@ def test_suspicion_and_calm():
     st.booleans(),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
     st.sampled_from([0.5, 1.0]),
 )
-def test_regimes_move_as_the_table_says(regime, dwell, alarmed, suspicion, calm, scale):
+def test_regimes_move_as_the_table_says(regime, dwell, alarmed, suspicion, calm, empty, scale):
     calm = calm and not suspicion
     shown = Diagnosis(
         alarm=jnp.int32(Cause.OVERSHOOT if alarmed else Cause.NONE),
@@ -95,14 +105,16 @@ def test_regimes_move_as_the_table_says(regime, dwell, alarmed, suspicion, calm,
         long=jnp.bool_(False),
         suspicion=jnp.bool_(suspicion),
         calm=jnp.bool_(calm),
+        empty=jnp.bool_(empty),
     )
+    later = dwell + (not empty)
     new, waited = next_regime(jnp.int32(regime), jnp.int32(dwell), shown, jnp.float32(scale), LAW)
     after = {
         Regime.STABLE: Regime.STABLE,
-        Regime.STRESS: Regime.RECOVERY if calm and dwell + 1 >= LAW.calm_steps else Regime.STRESS,
+        Regime.STRESS: Regime.RECOVERY if calm and later >= LAW.calm_steps else Regime.STRESS,
         Regime.SPIKE: Regime.STRESS if scale < 1 else Regime.RECOVERY,
         Regime.RECOVERY: Regime.STABLE
-        if dwell + 1 >= LAW.recovery_steps and scale == 1
+        if later >= LAW.recovery_steps and scale == 1
         else Regime.RECOVERY,
     }
     expected = Regime.SPIKE if alarmed else Regime.STRESS if suspicion else after[regime]
@@ -110,7 +122,7 @@ def test_regimes_move_as_the_table_says(regime, dwell, alarmed, suspicion, calm,
     if expected != regime or alarmed:
         assert waited == 0
     elif regime == Regime.STRESS:
-        assert waited == (dwell + 1 if calm else 0)
+        assert waited == (later if calm else 0)
 
 
 @pytest.mark.parametrize("loss", [True, False])

@@ -407,7 +407,17 @@ def long_runner(memory):
     return exact_jit(run)
 
 
-SHIFTS = [(50, 1), (1e-3, 1), (1e4, 1), (1, 100), (1, 1e-2), (30, 30), (0.1, 100), (100, 1e-2)]
+SHIFTS = [
+    (50, 1),
+    (1e-3, 1),
+    (1e4, 1),
+    (1, 100),
+    (1, 1e-2),
+    (30, 30),
+    (0.1, 100),
+    (100, 1e-2),
+    (1, 1e6),
+]
 
 
 ENTRIES = st.lists(st.one_of(SCALARS, st.sampled_from(SPECIAL)), min_size=6, max_size=6)
@@ -440,6 +450,21 @@ def test_8_level_shift_is_learned(memory, with_loss, gradient, loss):
     assert set(taken[-LONG // 5 :]) == {Action.PASS}
     assert float(state.controller.scale) == 1
     assert report(state).regime == "STABLE"
+
+
+@pytest.mark.parametrize("loss", [1e2, 1e6, 1e30, -1e6])
+def test_8_one_loss_of_any_size_blinds_for_a_while_only(loss):
+    rng = np.random.default_rng(0)
+    stream = {
+        "grads": np.float32(1 + 0.1 * rng.standard_normal((LONG // 5, 6))),
+        "value": np.float32(1 + 0.1 * rng.standard_normal(LONG // 5)),
+    }
+    usual = jax.device_get(long_runner("step")(stream)[0]).statistics
+    shown = stream | {"value": _with(stream["value"], LONG // 15, loss)}
+    state, taken = jax.device_get(long_runner("step")(shown))
+    assert set(taken) == {Action.PASS}
+    assert state.statistics.loss_variance < 4 * usual.loss_variance
+    assert abs(state.statistics.loss_mean - 1) < 0.2
 
 
 @every_case

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import actions, at, exact_jit, feed, is_finite, norm
+from helpers import actions, at, bits, exact_jit, feed, is_finite, norm
 
 from lbw_optax import Action, guard, report, sensing
 from lbw_optax import memory as memories
@@ -89,6 +89,21 @@ def test_only_the_whole_step_can_be_undone(memory):
         last = report(at(states, -1))
         assert last.causes["OVERSHOOT"] >= 1
         assert last.min_scale_seen < 1
+
+
+@every_mode
+@pytest.mark.parametrize("factor", [1e4, -1e4])
+def test_a_spike_is_held_even_if_it_looks_like_harm(memory, factor):
+    """Without the last step to undo, it went into Adam's second moment once."""
+    data = stream("harm")
+    for g in jax.tree.leaves(data["grads"]):
+        g[FAULT] *= factor / -5
+    _, updates, states = run(memory, data)
+    assert actions(states)[FAULT] in (Action.HOLD, Action.BACKTRACK)
+    before, after = (at(states.inner_state, i) for i in (FAULT - 1, FAULT))
+    assert bits(before) == bits(after)
+    if memory != "step":
+        assert norm(at(updates, FAULT)) == 0
 
 
 @every_mode

@@ -107,7 +107,15 @@ def test_bad_loss_is_refused(memory, jit):
     state = tx.init(params)
     with pytest.raises(ValueError, match=r"value=.*loss="):
         update(params, state, params, value=1.0, loss=1.0)
-    with pytest.raises(ValueError, match=r"scalar.*\(2,\)"):
+    with pytest.raises(ValueError, match=r"value must be a scalar.*\(2,\)"):
         update(params, state, params, value=jnp.ones(2))
-    with pytest.raises(ValueError, match="scalar"):
+    with pytest.raises(ValueError, match=r"loss must be a scalar.*\(1, 1\)"):
         update(params, state, params, loss=jnp.ones((1, 1)))
+
+
+@pytest.mark.parametrize("memory", ["none", "sparse", "step"])
+def test_gradients_per_example_are_refused(memory):
+    inner = optax.contrib.differentially_private_aggregate(1.0, 0.1, key=0)
+    tx, params = guard(inner, memory=memory), {"w": jnp.ones(3)}
+    with pytest.raises(ValueError, match=r"\(4, 3\) for \['w'\], whose step has \(3,\)"):
+        tx.update({"w": jnp.ones((4, 3))}, tx.init(params), params)
