@@ -70,12 +70,7 @@ def lr_curves(
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
         for method, points in curves.items():
-            style = _line(method, curves)
-            rates = np.array([rate for rate, _ in points])
-            shown = np.array([min(p, top) if math.isfinite(p) else top for _, p in points])
-            lines += axes.plot(rates, shown, markersize=5, label=method, **style)
-            for rate in rates[shown >= top]:
-                axes.plot(rate, top, "^", color=style["color"], markersize=10)
+            lines += _curve(axes, points, top, label=method, **_line(method, curves))
         levels = [("zero-step", zero_step, 3)]
         if best is not None:
             levels += [("best AdamW", min(best, top), -11)]
@@ -112,7 +107,7 @@ def loss_panels(
 
     Args:
       panels: Task -> method -> its (learning rate, loss) points. A loss that is not finite, or is
-        twice the panel's median or more, is drawn at the top.
+        twice the panel's median or more, is drawn as an arrow at the top.
       rates: Label of the learning rates.
 
     Returns:
@@ -126,17 +121,20 @@ def loss_panels(
             top = 2 * float(np.median([loss for points in curves.values() for _, loss in points]))
             top = top if math.isfinite(top) else 1.0
             for method, points in curves.items():
-                axes.plot(
-                    [rate for rate, _ in points],
-                    [min(loss, top) for _, loss in points],
-                    markersize=4,
-                    label=method,
-                    **_line(method, curves),
-                )
+                _curve(axes, points, top, label=method, **_line(method, curves))
             axes.set(xscale="log", title=task, xlabel=rates)
         row[0][0].set_ylabel("held-out loss (nats)")
         figure.legend(*row[0][0].get_legend_handles_labels(), loc="outside right")
         return _png(figure)
+
+
+def _curve(axes: Any, points: Sequence[tuple[float, float]], top: float, **style: Any) -> list:
+    """Draws a line through points, and an arrow for each that is at `top`, above it or nowhere."""
+    rates = np.array([rate for rate, _ in points])
+    shown = np.array([min(y, top) if math.isfinite(y) else top for _, y in points])
+    for rate in rates[shown >= top]:
+        axes.plot(rate, top, "^", color=style["color"], markersize=10)
+    return axes.plot(rates, shown, markersize=5, **style)
 
 
 def stressed_run(
