@@ -87,9 +87,9 @@ class Law:
     noise_clip: float = 3.0
     """Innovations enter the variance clipped at this many standard deviations."""
     loss_clip: float = 1e3
-    """Losses enter their means clipped at this many standard deviations from the first of them: the
-    inverse of `noise_floor`, so that a positive loss may fall to 0 at once. Without it a single
-    loss of 1e6 blinded every test of the loss for 600 steps."""
+    """A loss alone so many standard deviations from its mean enters it clipped: the inverse of
+    `noise_floor`, so that a positive loss may fall to 0 at once. Without it a single loss of 1e6
+    blinded every test of the loss for 600 steps."""
     noise_floor: float = 1e-3
     """Least noise of the loss, as a share of it: keeps a loss without noise from alarming."""
     noise_floor_start: float = 0.05

@@ -49,6 +49,7 @@ class Statistics(NamedTuple):
     Attributes:
       observations: how many observations were accepted.
       losses: in how many of them the loss was given.
+      strays: how many of the latest losses in a row were beyond `loss_clip`.
       gradient_mean: mean gradient norm; 0 until there is one.
       loss_mean: mean of the loss over about the last 10 steps.
       loss_trend: mean of the loss over about the last 50 steps.
@@ -66,6 +67,7 @@ class Statistics(NamedTuple):
 
     observations: jax.Array  # shape=(), dtype=int32
     losses: jax.Array  # shape=(), dtype=int32
+    strays: jax.Array  # shape=(), dtype=int32
     gradient_mean: jax.Array  # shape=(), dtype=float32
     loss_mean: jax.Array  # shape=(), dtype=float32
     loss_trend: jax.Array  # shape=(), dtype=float32
@@ -82,7 +84,7 @@ class Statistics(NamedTuple):
 
 def init_statistics() -> Statistics:
     """Returns the statistics of a run that has not begun."""
-    whole = ("observations", "losses", "overshoots", "slopes")
+    whole = ("observations", "losses", "strays", "overshoots", "slopes")
     # Each field is an array of its own: shared buffers could not be donated.
     zeros = {
         name: jnp.zeros([], jnp.int32 if name in whole else jnp.float32)
@@ -378,6 +380,8 @@ def learn_gradient(statistics: Statistics, gradient_norm: jax.Array, law: Law) -
 def learn_loss(statistics: Statistics, loss: jax.Array, signals: Signals, law: Law) -> Statistics:
     """Returns the statistics with one more loss.
 
+    A loss that is far from the mean enters clipped; a second one in a row is a new level.
+
     Args:
       statistics: the run so far.
       loss: the loss, finite.
@@ -392,15 +396,16 @@ def learn_loss(statistics: Statistics, loss: jax.Array, signals: Signals, law: L
     # Until a mean has enough observations for its decay, it is their plain average.
     fast = jnp.maximum(1 - law.loss_decay, 1 / (index + 1))
     slow = jnp.maximum(1 - law.trend_decay, 1 / (index + 1))
-    # The first losses may be of any size; after them no single one moves the means far.
-    far = jnp.where(s.losses < law.noise_warmup, _LARGEST, law.loss_clip * signals.noise)
-    loss = jnp.clip(loss, s.loss_mean - far, s.loss_mean + far)
-    loss = jnp.clip(loss, -_LARGEST, _LARGEST)
+    far = law.loss_clip * signals.noise
+    stray = jnp.abs(signals.innovation) > far
+    clipped = jnp.clip(loss, s.loss_mean - far, s.loss_mean + far)
+    loss = jnp.where(stray & (s.strays == 0), clipped, jnp.clip(loss, -_LARGEST, _LARGEST))
     innovation = jnp.clip(signals.innovation, -_LARGEST, _LARGEST)
     bound = law.noise_clip * signals.noise
     variance = jnp.clip(innovation, -bound, bound) ** 2
     return s._replace(
         losses=optax.safe_increment(s.losses),
+        strays=jnp.where(stray, optax.safe_increment(s.strays), 0),
         loss_mean=_ema(s.loss_mean, loss, fast),
         loss_trend=_ema(s.loss_trend, loss, slow),
         index_mean=_ema(s.index_mean, index, fast),

@@ -19,12 +19,20 @@ from helpers import (
     is_finite,
     norm,
     normal,
+    telemetry,
     with_gain,
 )
 from hypothesis import given
 
 from lbw_optax import Action, Law, events, guard, report
-from lbw_optax.sensing import became_nonfinite, count_nonfinite, is_inexact
+from lbw_optax.sensing import (
+    became_nonfinite,
+    compare,
+    count_nonfinite,
+    init_statistics,
+    is_inexact,
+    observe,
+)
 
 STEPS = 24
 MAX_REJECTIONS = 3
@@ -465,6 +473,20 @@ def test_8_one_loss_of_any_size_blinds_for_a_while_only(loss):
     assert set(taken) == {Action.PASS}
     assert state.statistics.loss_variance < 4 * usual.loss_variance
     assert abs(state.statistics.loss_mean - 1) < 0.2
+
+
+@pytest.mark.parametrize("before", [0.0, 1e-12, 1e12, -1e12])
+def test_8_two_losses_in_a_row_are_a_new_level(before):
+    statistics = init_statistics()
+    trail = []
+    for loss in [before] * 20 + [1.0] * 60:
+        shown = telemetry(loss=loss, step_norm=1.0, gradient_norm=1.0)
+        known = compare(statistics, shown, jnp.float32(1), True, Law())
+        statistics = observe(statistics, shown, known, jnp.float32(1), jnp.bool_(True), True, Law())
+        trail.append(float(statistics.loss_mean))
+    # At most the first of them is clipped; from the second on the mean follows as fast as it can.
+    distance = np.abs(np.array(trail[21:]) - 1)
+    assert (distance <= 1.1 * abs(before - 1) * 0.9 ** np.arange(59) + 1e-3).all()
 
 
 @every_case
