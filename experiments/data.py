@@ -137,8 +137,16 @@ def heldout_windows(
 
 
 def walk(root: Path, skip: Collection[str] = ()) -> Iterator[Path]:
-    """The files below a folder in a fixed order, without hidden ones and skipped folders."""
-    for folder, subfolders, files in os.walk(root):
+    """The files below a folder in a fixed order, without hidden ones and skipped folders.
+
+    Raises:
+      OSError: A folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for folder, subfolders, files in os.walk(root, onerror=refuse):
         subfolders[:] = sorted(n for n in subfolders if n not in skip and not n.startswith("."))
         for name in sorted(files):
             path = Path(folder, name)

@@ -246,8 +246,10 @@ class Finetune:
             progress.update(len(metrics.loss))
 
         for stop in [*range(eval_steps, job.steps, eval_steps), job.steps]:
-            if stop < int(state.step) or stop in evaluations:
+            if stop in evaluations:
                 continue
+            if stop < int(state.step):  # Measured before the checkpoint was made, and lost.
+                raise folder.damaged()
             state = trainer.fit(
                 state,
                 start.frozen,

@@ -106,6 +106,10 @@ class Lab(Generic[Config]):
             self._finetune = None  # Before the next one is made: there is no room for two.
             if self._pretraining and job.base.recipe is None:
                 raise UserError(f"--pretrain-data: {job.base.name} is trained already")
+            if self.options.models and job.base.recipe is not None:
+                raise UserError(
+                    f"--models: {job.base.name} is trained here; choose another --preset"
+                )
             text = self._pretraining and text_to_train_on(self._pretraining)
             dataset = Dataset(job, self._corpus, self.options.models)
             self._finetune = Finetune(job, dataset, self.options.models, self.mesh, text=text)

@@ -76,6 +76,16 @@ def skip(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     return peers.skip_step(adamw_clip(learning_rate))
 
 
+def only_finite(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """Clipped AdamW that skips up to five steps in a row whose gradients are not finite."""
+    return optax.apply_if_finite(adamw_clip(learning_rate), max_consecutive_errors=5)
+
+
+def momo_adam(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """MoMo-Adam that learns the loss to be reached: told that it is 0, it hardly ever brakes."""
+    return contrib.momo_adam(learning_rate, adapt_lower_bound=True)
+
+
 def reduce_on_plateau(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     """AdamW whose learning rate is halved when the mean loss of 10 steps stops to fall twice.
 
@@ -141,7 +151,7 @@ def baselines(steps: int) -> dict[str, Method]:
         "AdamW, warmup + cosine": functools.partial(warmup_cosine, steps=steps),
         **{name: method for name, method in PEERS.items() if name not in (ADAMW, GUARD)},
         "schedule-free AdamW": contrib.schedule_free_adamw,
-        "MoMo-Adam": contrib.momo_adam,
+        "MoMo-Adam": momo_adam,
         GUARD: guard,
     }
 

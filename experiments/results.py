@@ -14,6 +14,7 @@ Files are replaced in one move, so that a reader never sees half of one; `metric
 
 from __future__ import annotations
 
+import collections
 import csv
 import io
 import json
@@ -62,6 +63,10 @@ class Results:
             "to start over"
         )
 
+    def damaged(self, name: str = _METRICS) -> UserError:
+        """The error for a file of the folder that is not as it was written."""
+        return UserError(f"{self.folder / name} is damaged: use --fresh to start over")
+
     def checkpoint_folder(self, run: str) -> Path:
         """Where an unfinished run keeps its state."""
         return self.folder / _CHECKPOINTS / urllib.parse.quote(run, safe=" ")
@@ -70,6 +75,8 @@ class Results:
         """Prepares the logs for a run that goes on after `step` steps; drops what is past it."""
         self._filter(_METRICS, lambda row: row["run"] != run or row["step"] <= step)
         self._filter(_EVENTS, lambda row: row["run"] != run)
+        if len(self.metrics(run)) != step:
+            raise self.damaged()
 
     def log_metrics(self, rows: Iterable[dict[str, Any]]) -> None:
         """Appends objects with `run` and `step` to the metrics."""
@@ -94,8 +101,12 @@ class Results:
         return [row for row in self._read_jsonl(_ROWS) if row["cell"] == cell]
 
     def metrics(self, *runs: str) -> list[dict[str, Any]]:
-        """The metrics of the steps of some runs, in order."""
-        return [row for row in self._read_jsonl(_METRICS) if row["run"] in runs and "loss" in row]
+        """The metrics of the steps of some runs, in order; a finished run's are complete."""
+        rows = [row for row in self._read_jsonl(_METRICS) if row["run"] in runs and "loss" in row]
+        steps = collections.Counter(row["run"] for row in rows)
+        if any(run in self.runs and steps[run] != self.runs[run]["steps"] for run in runs):
+            raise self.damaged()
+        return rows
 
     def evaluations(self, run: str) -> list[dict[str, Any]]:
         """The measurements of the held-out loss of one run, in order."""
@@ -142,10 +153,12 @@ class Results:
 
     def _parse(self, name: str, text: str) -> Any:
         try:
-            return json.loads(text)
+            found = json.loads(text)
         except ValueError as error:
-            path = self.folder / name
-            raise UserError(f"{path} is damaged: use --fresh to start over") from error
+            raise self.damaged(name) from error
+        if not isinstance(found, dict):
+            raise self.damaged(name)
+        return found
 
     def _lines(self, name: str) -> list[str]:
         """The lines of a file; the last is empty, or one that a killed job did not finish."""

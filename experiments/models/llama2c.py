@@ -126,12 +126,13 @@ class Llama2cTokenizer:
         self.pieces: list[bytes] = []
         self.scores: list[float] = []
         offset = 4  # After the length of the longest piece.
-        while offset < len(content):
-            score, length = struct.unpack_from("<fi", content, offset)
-            offset += 8
-            self.pieces.append(content[offset : offset + length])
-            self.scores.append(score)
-            offset += length
+        with reading(file):
+            while offset < len(content):
+                score, length = struct.unpack_from("<fi", content, offset)
+                offset += 8
+                self.pieces.append(content[offset : offset + length])
+                self.scores.append(score)
+                offset += length
         self.vocab_size = len(self.pieces)
         self.ids = {piece: i for i, piece in enumerate(self.pieces)}
         self._encode_word = functools.cache(self._merge)

@@ -11,8 +11,11 @@ from experiments.faults import Fault, drills
 from experiments.finetune import Run
 from experiments.jobs import Job
 from experiments.lab import Arguments, Lab, Record, perplexities, perplexity
-from experiments.methods import ADAMW, GUARD, baselines
+from experiments.methods import ADAMW, GUARD, baselines, only_finite
 from experiments.report import Table, number
+
+ONLY_FINITE = "AdamW + clip, if finite"
+"""Name of the peer that this suite alone has: it differs from clipping where something is NaN."""
 
 CLEAN = "nothing"
 """Name of the scenario in which nothing goes wrong."""
@@ -41,6 +44,7 @@ class FailuresConfig:
         "AdamW, LR / 10",
         "AdamW, warmup + cosine",
         "AdamW + clip",
+        ONLY_FINITE,
         "skip-step",
         GUARD,
     )
@@ -95,14 +99,8 @@ def failures(options: Arguments) -> None:
             )
             for method in config.methods
         }
-        records[name] = lab.measure(job, runs, baselines(job.steps))
-    clean = [math.log(perplexity(record)) for record in records[CLEAN][ADAMW]]
-    bar = (math.log(zero_step) + statistics.fmean(clean)) / 2
-    failing = {name: cells for name, cells in records.items() if name != CLEAN}
-    productive = [
-        [method, *(_share([record for c in failing.values() for record in c[method]], bar))]
-        for method in config.methods
-    ]
+        known = {**baselines(job.steps), ONLY_FINITE: only_finite}
+        records[name] = lab.measure(job, runs, known)
     lab.publish(
         "Failures",
         f"What becomes of a fine-tune of {config.job.base.name} when something goes wrong, and how "
@@ -116,16 +114,31 @@ def failures(options: Arguments) -> None:
                     for name, cells in records.items()
                 ],
             ),
-            Table(
-                "Productive compute",
-                ["method", "usable runs", "productive steps", "steps", "share"],
-                productive,
-                "Over all scenarios but the first. A run is usable if it ends nearer to clean "
-                f"AdamW than to the untrained model: a held-out loss below {bar:.3f} nats. Its "
-                "steps are productive, those of the other runs are not.",
-            ),
+            _productive_table(records, zero_step),
         ],
         {},
+    )
+
+
+def _productive_table(records: dict[str, dict[str, list[Record]]], zero_step: float) -> Table:
+    """The compute that ended in a usable run; no rows where clean AdamW learns nothing."""
+    columns = ["method", "usable runs", "productive steps", "steps", "share"]
+    clean = statistics.fmean(math.log(perplexity(record)) for record in records[CLEAN][ADAMW])
+    if clean >= math.log(zero_step):
+        note = "None can be told: clean AdamW does not end better than the untrained model."
+        return Table("Productive compute", columns, [], note)
+    bar = (math.log(zero_step) + clean) / 2
+    failing = [cells for name, cells in records.items() if name != CLEAN]
+    return Table(
+        "Productive compute",
+        columns,
+        [
+            [method, *_share([record for cells in failing for record in cells[method]], bar)]
+            for method in records[CLEAN]
+        ],
+        "Over all scenarios but the first. A run is usable if it ends nearer to clean "
+        f"AdamW than to the untrained model: a held-out loss below {bar:.3f} nats. Its "
+        "steps are productive, those of the other runs are not.",
     )
 
 

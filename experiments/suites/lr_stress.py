@@ -121,11 +121,11 @@ def sweep_rates(
         pictures["stressed_run.png"] = plots.stressed_run(
             *((method, lab.folder.metrics(name)) for method, name in stressed.items()),
             math.log(zero_step),
-            f"Learning rate {PLOTTED_MULTIPLE}x too high ({job.rate(PLOTTED_MULTIPLE):g})",
+            f"Learning rate {PLOTTED_MULTIPLE}x the reference ({job.rate(PLOTTED_MULTIPLE):g})",
         )
     lab.publish(
         title,
-        f"What does a learning rate above the tuned one do to the fine-tune of {job.base.name}, "
+        f"What does a learning rate above the reference do to the fine-tune of {job.base.name}, "
         f"and what is left of that with the guard? 1x is {job.reference_lr:g}.",
         tables,
         pictures,

@@ -79,8 +79,9 @@ def reference(options: Arguments) -> None:
             f"Reference setting (zero-step {number(zero_step)})",
             heading,
             rows,
-            "End to end is the first seed's run, with compilation, evaluations and checkpoints; "
-            "the other times are of training alone. The time to AdamW's final perplexity is known "
+            "End to end is the first seed's run, with compilation, evaluations and checkpoints, "
+            f"{ADAMW}'s also with what a process does once, since it is the first; the other times "
+            "are of training alone. The time to AdamW's final perplexity is known "
             f"to {lab.config.eval_steps} steps, and counts seeds that reach it.",
         )
     ]
