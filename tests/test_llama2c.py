@@ -116,6 +116,13 @@ def test_file_is_read_back(tmp_path, tied):
 
 
 @pytest.mark.usefixtures("cheap_compilation")
+def test_damaged_tokenizer_is_named(tmp_path):
+    file = tmp_path / "tok.bin"
+    file.write_bytes(struct.pack("<i", 1) + struct.pack("<fi", 0.0, 1) + b"a" + b"half")
+    with pytest.raises(UserError, match=r"tok\.bin: cannot be read"):
+        Llama2cTokenizer(file)
+
+
 def test_generate_takes_the_most_likely_token():
     model = decoder(QWEN)
     prompt = jnp.array([[3, 1, 4], [1, 5, 9]])

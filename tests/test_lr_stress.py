@@ -3,11 +3,12 @@
 import csv
 import json
 import math
+import os
 import re
 import shutil
 
 import pytest
-from suite_helpers import TINY_JOB
+from suite_helpers import CHUNK, TINY_JOB
 
 from experiments import plots
 from experiments.__main__ import main
@@ -44,6 +45,13 @@ def measured(results):
         summary = [row | {"seconds": "", "end_to_end_seconds": ""} for row in csv.DictReader(file)]
     logs = ((folder / f"{name}.jsonl").read_text() for name in ("metrics", "events"))
     return summary, *(re.sub(r'"seconds": [^,}]+', '"seconds": 0', log) for log in logs)
+
+
+def _shorten(results, rows):
+    """Leaves the first rows of the metrics, and a half."""
+    path = results / "lr_stress" / "tiny" / "metrics.jsonl"
+    kept = path.read_text().splitlines(keepends=True)[: rows + 1]
+    path.write_text("".join(kept)[: -len(kept[-1]) // 2])
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +120,29 @@ class TestJob:
         assert run(tmp_path, text) == 0
         assert measured(tmp_path) == measured(finished)
         assert not any((tmp_path / "lr_stress" / "tiny" / "checkpoints").iterdir())
+
+    def test_lost_metrics_of_an_unfinished_run_are_noticed(
+        self, text, tmp_path, monkeypatch, capsys
+    ):
+        log_metrics = Results.log_metrics
+
+        def interrupted(self, rows):
+            if rows[0]["step"] > 2 * CHUNK:
+                raise KeyboardInterrupt
+            log_metrics(self, rows)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Results, "log_metrics", interrupted)
+            assert run(tmp_path, text) == 130
+        _shorten(tmp_path, rows=4)
+        assert run(tmp_path, text) == 2
+        assert "metrics.jsonl is damaged: use --fresh" in capsys.readouterr().err
+
+    def test_lost_metrics_of_a_finished_run_are_noticed(self, finished, text, tmp_path, capsys):
+        shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+        _shorten(tmp_path, rows=4)
+        assert run(tmp_path, text) == 2
+        assert "metrics.jsonl is damaged: use --fresh" in capsys.readouterr().err
 
     def test_a_seed_that_is_added_reuses_the_others(self, finished, text, tmp_path):
         shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
@@ -249,11 +280,28 @@ class TestErrors:
         (tmp_path / "file").touch()
         assert "cannot write results to" in error(results=tmp_path / "file")
 
-    def test_damaged_results(self, error, tmp_path):
+    @pytest.mark.parametrize("content", ["{", "[]"])
+    def test_damaged_results(self, error, tmp_path, content):
         folder = tmp_path / "lr_stress" / "tiny"
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text("{")
+        (folder / "config.json").write_text(content)
         assert "config.json is damaged: use --fresh" in error()
+
+    def test_checkpoints_for_a_model_that_is_trained_here(self, error, tmp_path):
+        assert "--models: tiny is trained here" in error("--models", str(tmp_path))
+
+    def test_folder_that_cannot_be_read(self, error, tmp_path, monkeypatch):
+        (tmp_path / "text" / "private").mkdir(parents=True)
+        scandir = os.scandir
+
+        def refused(path):
+            if str(path).endswith("private"):
+                raise PermissionError(13, "Permission denied", str(path))
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", refused)
+        line = error("--data", str(tmp_path / "text"))
+        assert line == f"error: {tmp_path / 'text' / 'private'}: Permission denied"
 
     def test_damaged_metrics(self, tmp_path):
         results = Results(tmp_path, {}, fresh=False)

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import shutil
 import types
 
@@ -117,6 +118,18 @@ def test_the_papers_numbers_are_beside_those_of_its_model(results):
     }
     assert "| 0.1 | 123.40 |" in reports["lr_stress"]
     assert "paper" not in reports["tinyllama"]
+
+
+@pytest.mark.parametrize("clean", [math.log(6.0), None])
+def test_nothing_is_usable_where_clean_adamw_learns_nothing(clean):
+    def records(loss):
+        return {methods.ADAMW: [{"heldout_loss": loss, "steps": 20}]}
+
+    found = failures._productive_table({failures.CLEAN: records(clean), FAULT: records(0.1)}, 5.0)
+    assert found.rows == []
+    assert "does not end better than the untrained model" in found.note
+    found = failures._productive_table({failures.CLEAN: records(0.5), FAULT: records(1.0)}, 5.0)
+    assert found.rows == [[methods.ADAMW, "1 of 1", "20", "20", "100%"]]
 
 
 def test_reference_measures_the_loss_on_the_way(results):
