@@ -77,8 +77,12 @@ def skip(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
 
 
 def only_finite(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """Clipped AdamW that skips up to five steps in a row whose gradients are not finite."""
-    return optax.apply_if_finite(adamw_clip(learning_rate), max_consecutive_errors=5)
+    """Clipped AdamW that skips up to five steps in a row that are not finite."""
+    # Both branches of apply_if_finite must have one dtype, and a step that is skipped has the
+    # gradients'; AdamW makes float32 of bfloat16.
+    cast = optax.stateless(lambda u, p: jax.tree.map(lambda x, y: x.astype(y.dtype), u, p))
+    inner = optax.chain(adamw_clip(learning_rate), cast)
+    return optax.apply_if_finite(inner, max_consecutive_errors=5)
 
 
 def momo_adam(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:

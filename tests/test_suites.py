@@ -143,10 +143,14 @@ def test_reference_measures_the_loss_on_the_way(results):
     assert set(_rows(results, "reference")) >= {f"{name}, seed 0" for name in COMPARED}
 
 
-@pytest.mark.parametrize("name", methods.baselines(8))
+KNOWN = {**methods.baselines(8), failures.ONLY_FINITE: methods.only_finite}
+IN_BFLOAT16 = [(name, "bfloat16") for name in failures.PRESETS["nano"].methods]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*((n, "float32") for n in KNOWN), *IN_BFLOAT16])
 @pytest.mark.parametrize("scheduled", [False, True])
-def test_every_method_takes_a_rate_or_a_schedule(name, scheduled):
-    method = methods.baselines(8)[name]
+def test_every_method_takes_a_rate_or_a_schedule(name, dtype, scheduled):
+    method = KNOWN[name]
 
     @jax.jit
     def descend(rate, params):
@@ -158,7 +162,7 @@ def test_every_method_takes_a_rate_or_a_schedule(name, scheduled):
             params = optax.apply_updates(params, updates)
         return methods.evaluated(state, params)
 
-    start = {"w": jnp.linspace(1.0, 2.0, 6)}
+    start = {"w": jnp.linspace(1.0, 2.0, 6, dtype=dtype)}
     end = descend(jnp.float32(1e-2), start)
     assert norm(end) <= norm(start)  # Those that find their rate begin with steps below rounding.
 
