@@ -9,23 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import (
-    actions,
-    at,
-    bits,
-    exact_jit,
-    feed,
-    find,
-    is_finite,
-    norm,
-    telemetry,
-    train,
-    with_gain,
-)
+from helpers import actions, at, bits, exact_jit, feed, find, is_finite, norm, train, with_gain
 
-from lbw_optax import Action, Law, Regime, events, guard, report, sensing
+from lbw_optax import Action, Law, Regime, events, guard, report
 
-LAW = Law()
 STEPS = 40
 FAULT = 20
 START = {"w": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.linspace(1.0, 2.0, 3)}
@@ -439,16 +426,6 @@ def test_accumulated_micro_batches_neither_act_nor_wait():
     assert {a for a, e in zip(actions(states), empty, strict=True) if e} == {Action.PASS}
     assert Regime.STRESS in np.asarray(states.regime)
     assert report(at(states, -1)).regime == "STABLE"
-
-
-def test_empty_steps_do_not_count_in_the_mean_slope():
-    statistics = sensing.init_statistics()
-    for slope in [0.0] * 20 + [-0.5] * 3:
-        shown = telemetry(slope=slope, step_norm=-slope, gradient_norm=1.0)
-        known = sensing.compare(statistics, shown, 1.0, False, LAW)
-        statistics = sensing.observe(statistics, shown, known, 1.0, jnp.bool_(True), False, LAW)
-    known = sensing.compare(statistics, shown, 1.0, False, LAW)
-    assert float(known.slope) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("every", [2, 7, 50, None])

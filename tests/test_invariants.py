@@ -475,18 +475,30 @@ def test_8_one_loss_of_any_size_blinds_for_a_while_only(loss):
     assert abs(state.statistics.loss_mean - 1) < 0.2
 
 
+def learn(statistics, has_loss, **known):
+    """Returns the signals before one more accepted step, and the statistics after it."""
+    shown = telemetry(**{"gradient_norm": 1.0, "step_norm": 1.0} | known)
+    signals = compare(statistics, shown, jnp.float32(1), has_loss, Law())
+    moved = jnp.bool_(True)
+    return signals, observe(statistics, shown, signals, jnp.float32(1), moved, has_loss, Law())
+
+
 @pytest.mark.parametrize("before", [0.0, 1e-12, 1e12, -1e12])
 def test_8_two_losses_in_a_row_are_a_new_level(before):
-    statistics = init_statistics()
-    trail = []
+    statistics, trail = init_statistics(), []
     for loss in [before] * 20 + [1.0] * 60:
-        shown = telemetry(loss=loss, step_norm=1.0, gradient_norm=1.0)
-        known = compare(statistics, shown, jnp.float32(1), True, Law())
-        statistics = observe(statistics, shown, known, jnp.float32(1), jnp.bool_(True), True, Law())
+        _, statistics = learn(statistics, True, loss=loss)
         trail.append(float(statistics.loss_mean))
     # At most the first of them is clipped; from the second on the mean follows as fast as it can.
     distance = np.abs(np.array(trail[21:]) - 1)
     assert (distance <= 1.1 * abs(before - 1) * 0.9 ** np.arange(59) + 1e-3).all()
+
+
+def test_8_empty_steps_do_not_count_in_the_mean_slope():
+    statistics = init_statistics()
+    for slope in [0.0] * 20 + [-0.5] * 4:
+        signals, statistics = learn(statistics, False, slope=slope, step_norm=-slope)
+    assert float(signals.slope) == pytest.approx(0.5)
 
 
 @every_case
