@@ -212,13 +212,13 @@ def measure(
       The telemetry; a quantity that cannot be measured is 0.
     """
     usable, sampled_usable = finite_part(step), finite_part(sampled_step)
-    size_of = finite_part(params)
+    finite_params = finite_part(params)
     sampled = any(is_inexact(x) and jnp.size(x) for x in jax.tree.leaves(last_step))
     scalars = any(jnp.ndim(x) == 0 for x in jax.tree.leaves(gradients))
     sums = {
         "gradient": inner_product(gradients, gradients),
         "step": inner_product(usable, usable),
-        "params": inner_product(size_of, size_of),
+        "params": inner_product(finite_params, finite_params),
         # Of the same entries as the overshoot, since the two are compared: a + c, not a and c.
         "slope": estimated_product(sampled_gradients, sampled_usable, gradients)
         if sampled
