@@ -232,11 +232,11 @@ class Finetune:
         checkpoints = Checkpoints(folder.checkpoint_folder(run.name))
         fault = run.fault and (run.fault, jax.random.fold_in(jax.random.key(run.seed), 1))
         state = checkpoints.restore_or(trainer.init(start.params, run.learning_rate, fault))
-        folder.start(run.name, int(state.step))
+        done = folder.start(run.name, int(state.step))
         progress.update(int(state.step))
         whole = int(state.step) == 0  # Nobody timed the earlier part of a resumed run.
-        evaluations = {row["step"]: row for row in folder.evaluations(run.name)}
-        total = sum(row["seconds"] for row in folder.metrics(run.name))
+        evaluations = {row["step"]: row for row in done if "heldout_loss" in row}
+        total = sum(row["seconds"] for row in done if "loss" in row)
 
         def log(step: int, metrics: Metrics, seconds: float) -> None:
             nonlocal total

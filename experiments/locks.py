@@ -31,10 +31,11 @@ def alone_in(folder: Path) -> Iterator[None]:
     lock = _lock(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        tqdm.write(f"another process is at work in {folder}: waiting for it")
-        lock.acquire()
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            tqdm.write(f"another process is at work in {folder}: waiting for it")
+            lock.acquire()
     except OSError as error:
         raise UserError(f"cannot write checkpoints to {folder}: {error.strerror}") from error
     try:

@@ -71,12 +71,18 @@ class Results:
         """Where an unfinished run keeps its state."""
         return self.folder / _CHECKPOINTS / urllib.parse.quote(run, safe=" ")
 
-    def start(self, run: str, step: int) -> None:
-        """Prepares the logs for a run that goes on after `step` steps; drops what is past it."""
-        self._filter(_METRICS, lambda row: row["run"] != run or row["step"] <= step)
+    def start(self, run: str, step: int) -> list[dict[str, Any]]:
+        """Prepares the logs for a run that goes on after `step` steps.
+
+        Returns:
+          The run's rows of the metrics up to there; what is past it is dropped.
+        """
+        kept = self._filter(_METRICS, lambda row: row["run"] != run or row["step"] <= step)
         self._filter(_EVENTS, lambda row: row["run"] != run)
-        if len(self.metrics(run)) != step:
+        rows = [row for row in kept if row["run"] == run]
+        if sum("loss" in row for row in rows) != step:
             raise self.damaged()
+        return rows
 
     def log_metrics(self, rows: Iterable[dict[str, Any]]) -> None:
         """Appends objects with `run` and `step` to the metrics."""
@@ -165,11 +171,13 @@ class Results:
         path = self.folder / name
         return path.read_text().split("\n") if path.exists() else [""]
 
-    def _filter(self, name: str, keep: Callable[[dict[str, Any]], bool]) -> None:
+    def _filter(self, name: str, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
         *lines, torn = self._lines(name)
-        kept = [line for line in lines if keep(self._parse(name, line))]
-        if torn or len(kept) < len(lines):  # A new run has nothing to drop.
-            self.write(name, "".join(f"{line}\n" for line in kept))
+        rows = [self._parse(name, line) for line in lines]
+        kept = [row for row in rows if keep(row)]
+        if torn or len(kept) < len(rows):  # A new run has nothing to drop.
+            self.write(name, "".join(map(_json_line, kept)))
+        return kept
 
     def _append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
         with (self.folder / name).open("a") as file:

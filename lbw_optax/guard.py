@@ -204,9 +204,7 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
         emitted = actuation.emit(command, step, state.last_step if can_undo else None)
         taken = (command.action != Action.HOLD) & (command.action != Action.BACKTRACK)
         applied = memory.pick(emitted, state.last_step)
-        last_step = actuation.keep_step(
-            command, taken & (telemetry.step_norm > 0), applied, state.last_step
-        )
+        last_step = actuation.keep_step(command, taken & ~diagnosis.empty, applied, state.last_step)
         inner_state = actuation.keep_inner_state(command, state.inner_state, inner_state)
 
         # Learn and log.

@@ -304,11 +304,11 @@ def decide(
     limited = factor < scale
     scale = jnp.maximum(factor, lowest)
     # An empty step (a micro-batch that is only accumulated) is passed, and leaves all as it was.
-    factor = jnp.where(t.step_norm > 0, factor, 1)
+    factor = jnp.where(diagnosis.empty, 1, factor)
 
     action, cause = _name(verdict, diagnosis.alarm, regime, factor, limited, earned)
 
-    moved = taken & (t.step_norm > 0)
+    moved = taken & ~diagnosis.empty
     bound = (regime == Regime.STRESS) & (c.scale < 1)
     radius = _next_trust_radius(c, t, bounds, bound, harm, law)
     learned = (undone & harm) | (moved & ~nonfinite)

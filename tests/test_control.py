@@ -1,9 +1,7 @@
 """Behaviour on tiny problems: faults are survived, harm is undone, healthy runs stay."""
 
-import functools
 import math
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -387,17 +385,6 @@ def test_a_huge_first_gradient_does_not_hide_the_next_spike():
     assert actions(states)[40] == Action.HOLD
 
 
-def test_double_precision_stays_finite():
-    with jax.enable_x64(True):
-        tx = guard(optax.chain(optax.clip(1.0), optax.scale(1e200)), max_rejections=1)
-        params = jnp.ones(3, jnp.float64)
-        state = tx.init(params)
-        for _ in range(4):
-            updates, state = tx.update(jnp.ones(3), state, params, value=1.0)
-            assert updates.dtype == jnp.float64
-            assert is_finite(updates)
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_parameters_that_are_not_finite_leave_no_trace_in_the_scale(bad):
     """One that no gradient sees: a mask kept as a parameter, or one that is repaired later."""
@@ -426,78 +413,3 @@ def test_accumulated_micro_batches_neither_act_nor_wait():
     assert {a for a, e in zip(actions(states), empty, strict=True) if e} == {Action.PASS}
     assert Regime.STRESS in np.asarray(states.regime)
     assert report(at(states, -1)).regime == "STABLE"
-
-
-@pytest.mark.parametrize("every", [2, 7, 50, None])
-def test_losses_now_and_then_raise_no_alarm(every):
-    """A step without the loss says nothing of it; it counted as a loss of 0 once."""
-    tx = guard(optax.adam(1e-3))
-    params = jnp.ones(50)
-    state = tx.init(params)
-
-    @functools.partial(jax.jit, static_argnums=3)
-    def step(params, state, key, with_loss):
-        keys = jax.random.split(key)
-        x, noise = jax.random.normal(keys[0], (16, 50)), jax.random.normal(keys[1], (16,))
-        loss, grads = jax.value_and_grad(lambda p: jnp.mean((x @ (p - 1) - noise / 2) ** 2))(params)
-        extra = {"value": loss} if with_loss else {}
-        updates, state = tx.update(grads, state, params, **extra)
-        return optax.apply_updates(params, updates), state
-
-    for i in range(300):
-        given = i >= 200 if every is None else i % every == 0
-        params, state = step(params, state, jax.random.key(i), given)
-    assert report(state).backtracks == 0
-    assert state.statistics.losses == (100 if every is None else -(-300 // every))
-
-
-@pytest.mark.parametrize("inner", [optax.sgd, optax.adam])
-def test_derivatives_go_through_an_idle_guard(inner):
-    def end(rate, start, wrap):
-        tx = optax.with_extra_args_support(wrap(inner(rate)))
-
-        def body(carry, _):
-            params, state = carry
-            loss, grads = jax.value_and_grad(lambda p: jnp.sum((p - 3) ** 2))(params)
-            updates, state = tx.update(grads, state, params, value=loss)
-            return (params + updates, state), None
-
-        (params, _), _ = jax.lax.scan(body, (start, tx.init(start)), length=4)
-        return jnp.sum((params - 3) ** 2)
-
-    derivatives = jax.jit(jax.grad(end, argnums=(0, 1)), static_argnums=2)
-    start = jnp.array([1.0, 2.0, 3.5])
-    plain = derivatives(1e-3, start, lambda tx: tx)
-    chex.assert_trees_all_close(derivatives(1e-3, start, guard), plain, rtol=1e-5)
-    stressed, _ = derivatives(10.0, start, guard)
-    assert jnp.isfinite(stressed)
-
-
-@pytest.mark.parametrize("memory", ["none", "sparse", "step"])
-def test_parameters_in_eight_bits_may_be_frozen(memory):
-    params = {"w": jnp.ones((4, 4)), "frozen": jnp.ones((4, 4), jnp.float8_e4m3fn)}
-    inner = optax.masked(optax.adam(0.1), {"w": True, "frozen": False})
-    tx = guard(inner, memory=memory)
-    grads = jax.tree.map(jnp.zeros_like, params) | {"w": jnp.ones((4, 4))}
-    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params, value=1.0)
-    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
-    assert norm(updates["w"]) > 0
-
-
-def test_state_may_be_of_numpy_and_gradients_of_python():
-    tx = guard(optax.sgd(0.1))
-    params = {"x": 5.0}
-    state = jax.device_get(tx.init(params))
-    updates, state = tx.update({"x": 0.5}, state, params, value=1.0)
-    assert updates["x"] == pytest.approx(-0.05)
-    assert report(state).steps == 1
-
-
-def test_numbers_of_numpy_change_no_dtype():
-    with jax.enable_x64(True):
-        law = Law(stress_noise=np.float64(0.2), cut=np.float64(0.3), calm_steps=np.int64(9))
-        tx = guard(optax.adam(0.1), relative_step_limit=np.float64(0.5), law=law)
-        params = jnp.ones(3, jnp.float32)
-        state = tx.init(params)
-        _, new = jax.jit(tx.update)(params, state, params, value=jnp.float32(1.0))
-        chex.assert_trees_all_equal_shapes_and_dtypes(state, new)

@@ -115,14 +115,15 @@ def test_file_is_read_back(tmp_path, tied):
         load_llama2c(tmp_path / "model.bin")
 
 
-@pytest.mark.usefixtures("cheap_compilation")
-def test_damaged_tokenizer_is_named(tmp_path):
+@pytest.mark.parametrize("rest", [b"half", struct.pack("<fi", 0.0, 9) + b"a piece"])
+def test_damaged_tokenizer_is_named(tmp_path, rest):
     file = tmp_path / "tok.bin"
-    file.write_bytes(struct.pack("<i", 1) + struct.pack("<fi", 0.0, 1) + b"a" + b"half")
+    file.write_bytes(struct.pack("<i", 1) + struct.pack("<fi", 0.0, 1) + b"a" + rest)
     with pytest.raises(UserError, match=r"tok\.bin: cannot be read"):
         Llama2cTokenizer(file)
 
 
+@pytest.mark.usefixtures("cheap_compilation")
 def test_generate_takes_the_most_likely_token():
     model = decoder(QWEN)
     prompt = jnp.array([[3, 1, 4], [1, 5, 9]])

@@ -133,6 +133,8 @@ class Llama2cTokenizer:
                 self.pieces.append(content[offset : offset + length])
                 self.scores.append(score)
                 offset += length
+            if offset != len(content):
+                raise ValueError("it ends within a piece")
         self.vocab_size = len(self.pieces)
         self.ids = {piece: i for i, piece in enumerate(self.pieces)}
         self._encode_word = functools.cache(self._merge)

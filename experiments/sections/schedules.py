@@ -27,7 +27,7 @@ def schedules(bench: Bench, tasks: tuple[str, ...] = TASKS) -> Findings:
             guarded = f"guard({name})"
             alone = bench.sweep("schedules", task, name, method, rates)
             ours = bench.sweep("schedules", task, guarded, behind_guard(method), rates)
-            found.rows.extend([*alone, *ours])
+            found.rows.extend(row | {"multiple": rates[row["rate"]]} for row in [*alone, *ours])
             bars = _bars(f"{task}, {name}", alone, ours, rates, TOLERANCE[task])
             found.bars.extend(bars)
             lines += [

@@ -1,0 +1,100 @@
+"""The running statistics follow a new level and keep what one observation may do bounded."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import at, exact_jit, feed, telemetry
+
+from lbw_optax import Action, Law, guard, report
+from lbw_optax.sensing import compare, init_statistics, observe
+
+LONG = 1500
+
+
+@functools.cache
+def long_runner(memory):
+    tx = guard(optax.sgd(1e-13), memory=memory, log_size=LONG)
+
+    def run(stream):
+        states = feed(tx, jnp.ones(6), stream)[2]
+        counts = states.ledger.action_counts
+        return at(states, -1), jnp.argmax(jnp.diff(counts, axis=0, prepend=0), axis=1)
+
+    return exact_jit(run)
+
+
+SHIFTS = [
+    (50, 1),
+    (1e-3, 1),
+    (1e4, 1),
+    (1, 100),
+    (1, 1e-2),
+    (30, 30),
+    (0.1, 100),
+    (100, 1e-2),
+    (1, 1e6),
+]
+
+
+@pytest.mark.parametrize("memory", ["none", "step"])
+@pytest.mark.parametrize("with_loss", [True, False])
+@pytest.mark.parametrize(("gradient", "loss"), SHIFTS)
+def test_8_level_shift_is_learned(memory, with_loss, gradient, loss):
+    """After it the run goes on as before: nothing but PASS in the last fifth, at scale 1."""
+    rng = np.random.default_rng(0)
+    grads = 1 + rng.standard_normal((LONG, 6))
+    value = 1 + 0.1 * rng.standard_normal(LONG)
+    grads[LONG // 10 :] *= gradient
+    value[LONG // 10 :] *= loss
+    stream = {"grads": grads.astype(np.float32)}
+    if with_loss:
+        stream["value"] = value.astype(np.float32)
+    state, taken = jax.device_get(long_runner(memory)(stream))
+    assert set(taken[-LONG // 5 :]) == {Action.PASS}
+    assert float(state.controller.scale) == 1
+    assert report(state).regime == "STABLE"
+
+
+@pytest.mark.parametrize("loss", [1e2, 1e6, 1e30, -1e6])
+def test_8_one_loss_of_any_size_blinds_for_a_while_only(loss):
+    rng = np.random.default_rng(0)
+    stream = {
+        "grads": np.float32(1 + 0.1 * rng.standard_normal((LONG // 5, 6))),
+        "value": np.float32(1 + 0.1 * rng.standard_normal(LONG // 5)),
+    }
+    usual = jax.device_get(long_runner("step")(stream)[0]).statistics
+    stream["value"][LONG // 15] = loss
+    state, taken = jax.device_get(long_runner("step")(stream))
+    assert set(taken) == {Action.PASS}
+    assert state.statistics.loss_variance < 4 * usual.loss_variance
+    assert abs(state.statistics.loss_mean - 1) < 0.2
+
+
+def learn(statistics, has_loss, **known):
+    """Returns the signals before one more accepted step, and the statistics after it."""
+    shown = telemetry(**{"gradient_norm": 1.0, "step_norm": 1.0} | known)
+    signals = compare(statistics, shown, jnp.float32(1), has_loss, Law())
+    moved = jnp.bool_(True)
+    return signals, observe(statistics, shown, signals, jnp.float32(1), moved, has_loss, Law())
+
+
+@pytest.mark.parametrize("before", [0.0, 1e-12, 1e12, -1e12])
+def test_8_two_losses_in_a_row_are_a_new_level(before):
+    statistics, trail = init_statistics(), []
+    for loss in [before] * 20 + [1.0] * 60:
+        _, statistics = learn(statistics, True, loss=loss)
+        trail.append(float(statistics.loss_mean))
+    # At most the first of them is clipped; from the second on the mean follows as fast as it can.
+    distance = np.abs(np.array(trail[21:]) - 1)
+    assert (distance <= 1.1 * abs(before - 1) * 0.9 ** np.arange(59) + 1e-3).all()
+
+
+def test_8_empty_steps_do_not_count_in_the_mean_slope():
+    statistics = init_statistics()
+    for slope in [0.0] * 20 + [-0.5] * 4:
+        signals, statistics = learn(statistics, False, slope=slope, step_norm=-slope)
+    assert float(signals.slope) == pytest.approx(0.5)
