@@ -213,7 +213,7 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
             state.statistics, telemetry, signals, last_scale, moved, has_loss, law
         )
         spike = diagnosis.alarm == Cause.GRADIENT_SPIKE
-        absorbed = state.statistics._replace(gradient_mean=observed.gradient_mean)
+        absorbed = sensing.learn_spike(state.statistics, telemetry.gradient_norm, law)
         statistics = jax.tree.map(
             lambda old, new, held: jnp.where(taken & ~nonfinite, new, jnp.where(spike, held, old)),
             state.statistics,

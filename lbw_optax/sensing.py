@@ -1,5 +1,6 @@
 """Sensing: what one step shows (`Telemetry`) and what the run has shown so far (`Statistics`)."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +52,7 @@ class Statistics(NamedTuple):
       losses: in how many of them the loss was given.
       strays: how many of the latest losses in a row were beyond `loss_clip`.
       gradient_mean: mean gradient norm; 0 until there is one.
+      spike_tolerance: log of the factor by which spikes that recur have widened their test.
       loss_mean: mean of the loss over about the last 10 steps.
       loss_trend: mean of the loss over about the last 50 steps.
       index_mean: the first mean applied to the index of the loss; with `index_trend` it turns the
@@ -69,6 +71,7 @@ class Statistics(NamedTuple):
     losses: jax.Array  # shape=(), dtype=int32
     strays: jax.Array  # shape=(), dtype=int32
     gradient_mean: jax.Array  # shape=(), dtype=float32
+    spike_tolerance: jax.Array  # shape=(), dtype=float32
     loss_mean: jax.Array  # shape=(), dtype=float32
     loss_trend: jax.Array  # shape=(), dtype=float32
     index_mean: jax.Array  # shape=(), dtype=float32
@@ -265,6 +268,7 @@ class Signals(NamedTuple):
       bearable: mean overshoot per step that the progress is worth.
       slope: mean of |<g_t, u_t>|.
       spike: gradient norm in units of what counts as a spike.
+      spike_allowed: what the spikes of the run so far let pass, in the same units.
       faded: whether the gradient norm is far below its running mean.
       overshoot: mean of overshoot / scale^2.
       overshoot_error: standard error of that mean.
@@ -276,6 +280,7 @@ class Signals(NamedTuple):
     bearable: jax.Array  # shape=(), dtype=float32
     slope: jax.Array  # shape=(), dtype=float32
     spike: jax.Array  # shape=(), dtype=float32
+    spike_allowed: jax.Array  # shape=(), dtype=float32
     faded: jax.Array  # shape=(), dtype=bool
     overshoot: jax.Array  # shape=(), dtype=float32
     overshoot_error: jax.Array  # shape=(), dtype=float32
@@ -330,7 +335,9 @@ def compare(
         bearable=bearable * reach**2,
         slope=slope,
         spike=ratio / (law.spike_ratio * warmup),
-        faded=(ratio * law.collapse_ratio * warmup < 1) & (s.gradient_mean > 0),
+        spike_allowed=jnp.exp(s.spike_tolerance),
+        # A gradient of exactly zero is a batch without data, not a model that has faded.
+        faded=(ratio * law.collapse_ratio * warmup < 1) & (ratio > 0),
         overshoot=overshoot,
         overshoot_error=error,
     )
@@ -375,6 +382,38 @@ def learn_gradient(statistics: Statistics, gradient_norm: jax.Array, law: Law) -
     weight = jnp.where(bounded > mean, law.gradient_rise, fall)
     new = _ema(mean, bounded, jnp.where(first, 1, weight))
     return jnp.where(gradient_norm > 0, new, mean)
+
+
+def learn_spike(statistics: Statistics, gradient_norm: jax.Array, law: Law) -> Statistics:
+    r"""Returns the statistics with one gradient spike that was held.
+
+    A fault is rare; spikes that recur are data, such as the positives of a rare class. Each widens
+    its own test by a factor that decays with every accepted step, a quantile by stochastic
+    approximation: in the long run the share :math:`q` of the steps, ``law.spike_share``, is held.
+
+    .. math:: \tau \leftarrow \min(\tau + r, \log c) \text{ if held, }
+      \max(\tau - r q, 0) \text{ if accepted}
+
+    with :math:`\tau` = ``spike_tolerance``, :math:`r` = ``law.spike_rise``, :math:`c` =
+    ``law.spike_most``.
+
+    Args:
+      statistics: the run so far.
+      gradient_norm: norm of the gradients, finite.
+      law: the constants.
+
+    Returns:
+      The new statistics; those of the gradient alone have changed.
+
+    References:
+      Robbins and Monro, `A Stochastic Approximation Method
+      <https://doi.org/10.1214/aoms/1177729586>`_, 1951
+    """
+    widened = statistics.spike_tolerance + law.spike_rise
+    return statistics._replace(
+        gradient_mean=learn_gradient(statistics, gradient_norm, law),
+        spike_tolerance=jnp.minimum(widened, math.log(law.spike_most)),
+    )
 
 
 def learn_loss(statistics: Statistics, loss: jax.Array, signals: Signals, law: Law) -> Statistics:
@@ -446,6 +485,7 @@ def observe(
     return s._replace(
         observations=optax.safe_increment(s.observations),
         gradient_mean=learn_gradient(s, t.gradient_norm, law),
+        spike_tolerance=jnp.maximum(s.spike_tolerance - law.spike_rise * law.spike_share, 0),
         overshoots=jnp.where(moved, optax.safe_increment(s.overshoots), s.overshoots),
         overshoot_mean=jnp.where(
             moved, _ema(s.overshoot_mean, normalised, 1 - b), s.overshoot_mean

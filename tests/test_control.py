@@ -235,6 +235,46 @@ def test_the_tuned_rate_is_left_alone_or_nearly(tuned):
     assert final(losses) < 1.1 * tuned
 
 
+RARE = 0.01
+
+
+def test_a_rare_class_is_learned():
+    """Most batches have no positive; the gradient of one that has is ten times as large or more."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    label = jax.random.uniform(keys[0], (4000, 8)) < RARE
+    x = jax.random.normal(keys[1], (4000, 8, 20))
+    x += 0.7 * label[..., None] * jax.random.normal(keys[2], (1, 1, 20))
+    start = {
+        "w1": jax.random.normal(keys[3], (20, 32)) / np.sqrt(20),
+        "b1": jnp.zeros((1, 32)),
+        "w2": jax.random.normal(keys[4], (32,)) / np.sqrt(32),
+        "b2": jnp.log(RARE),
+    }
+
+    def loss(params, batch):
+        x, label = batch
+        logits = jnp.tanh(x @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"]
+        return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, label))
+
+    def end(tx):
+        params, _, _ = train(tx, loss, start, 4000, (x, label.astype(jnp.float32)))
+        return jnp.mean(jax.lax.map(lambda batch: loss(params, batch), (x, label)))
+
+    prior = -RARE * np.log(RARE) - (1 - RARE) * np.log(1 - RARE)
+    plain = end(optax.adam(1e-3))
+    assert plain < prior / 2
+    assert end(guard(optax.adam(1e-3))) < 1.1 * plain
+
+
+def test_a_batch_without_data_is_no_collapse():
+    """Its loss is 0, which is a jump where losses are negative, and so is its gradient."""
+    stream = healthy_stream()
+    stream["value"] -= 10
+    empty = faulty(stream, [FAULT], grads=jnp.zeros_like, value=0.0)
+    _, _, states = run(TX, START, empty)
+    assert set(actions(states)) == {Action.PASS}
+
+
 def parabola(x):
     return jnp.sum((x - jnp.array([1.0, -1.0, 1.0])) ** 2)
 

@@ -11,7 +11,14 @@ from lbw_optax.interpretation import Cause, Diagnosis, diagnose, next_regime
 from lbw_optax.sensing import Signals
 
 LAW = Law()
-QUIET = {"noise": 1.0, "reach": 1.0, "bearable": 0.05, "slope": 0.1, "spike": 0.1}
+QUIET = {
+    "noise": 1.0,
+    "reach": 1.0,
+    "bearable": 0.05,
+    "slope": 0.1,
+    "spike": 0.1,
+    "spike_allowed": 1.0,
+}
 
 
 def signals(**known):
@@ -46,6 +53,7 @@ def test_every_alarm_has_its_sign():
     assert alarm(**jump, faded=True) == Cause.COLLAPSE
     assert alarm(**jump, overshoot=1.01 * LAW.jump_overshoot) == Cause.LOSS_JUMP
     assert alarm(spike=1.01) == Cause.GRADIENT_SPIKE
+    assert alarm(spike=1.99, spike_allowed=2.0) == Cause.NONE
 
 
 def test_a_hard_batch_is_no_alarm():

@@ -10,7 +10,7 @@ import pytest
 from helpers import at, exact_jit, feed, telemetry
 
 from lbw_optax import Action, Law, guard, report
-from lbw_optax.sensing import compare, init_statistics, observe
+from lbw_optax.sensing import compare, init_statistics, learn_spike, observe
 
 LONG = 1500
 
@@ -98,3 +98,38 @@ def test_8_empty_steps_do_not_count_in_the_mean_slope():
     for slope in [0.0] * 20 + [-0.5] * 4:
         signals, statistics = learn(statistics, False, slope=slope, step_norm=-slope)
     assert float(signals.slope) == pytest.approx(0.5)
+
+
+def spiking(size, every):
+    """Returns the actions where every so many gradients of a quiet run is `size` times as large."""
+    rng = np.random.default_rng(0)
+    grads = 1 + 0.1 * rng.standard_normal((LONG, 6))
+    grads[every::every] *= size
+    stream = {"grads": np.float32(grads), "value": np.ones(LONG, np.float32)}
+    return np.asarray(long_runner("step")(stream)[1])[every::every]
+
+
+@pytest.mark.parametrize("every", [15, 100])
+@pytest.mark.parametrize("size", [20, 100, 500])
+def test_spikes_that_recur_are_data(size, every):
+    """The first are held, each widens its own test, and a few more pay for what it forgets."""
+    law = Law()
+    taken = spiking(size, every)
+    held = np.log(size / law.spike_ratio) / law.spike_rise
+    assert (taken[: int(held / 2)] == Action.HOLD).all()
+    assert (taken == Action.HOLD).sum() <= held + 1 + LONG * law.spike_share
+    assert set(taken) <= {Action.HOLD, Action.PASS}
+
+
+def test_spikes_beyond_any_data_are_faults_however_often_they_recur():
+    assert set(spiking(1e5, 15)) == {Action.HOLD}
+
+
+def test_what_spikes_widened_is_forgotten():
+    statistics, law = init_statistics(), Law()
+    for _ in range(3):
+        statistics = learn_spike(statistics, jnp.float32(1), law)
+    assert float(statistics.spike_tolerance) == pytest.approx(3 * law.spike_rise)
+    for _ in range(round(1 / law.spike_share)):
+        _, statistics = learn(statistics, False)
+    assert float(statistics.spike_tolerance) == pytest.approx(2 * law.spike_rise, rel=1e-2)
