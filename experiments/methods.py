@@ -1,7 +1,7 @@
 """The optimizers that are compared, and how to read the guard's state.
 
 A method is a function from the learning rate, a Python number or a traced scalar, to an optax
-transformation. To compare another one, add it to `PEERS`.
+transformation. To compare another one, add it to `baselines`.
 """
 
 from __future__ import annotations
@@ -43,9 +43,14 @@ def adamw(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation
     return optax.adamw(learning_rate)
 
 
+def clip() -> optax.GradientTransformation:
+    """Clips the gradient to the global norm `CLIP_NORM`."""
+    return optax.clip_by_global_norm(CLIP_NORM)
+
+
 def adamw_clip(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """AdamW after clipping the gradient to the global norm `CLIP_NORM`."""
-    return optax.chain(optax.clip_by_global_norm(CLIP_NORM), adamw(learning_rate))
+    """AdamW after clipping."""
+    return optax.chain(clip(), adamw(learning_rate))
 
 
 def guard(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -60,6 +65,9 @@ def behind_guard(method: Callable[..., optax.GradientTransformation]) -> Method:
 
 ADAMW, GUARD = "AdamW", "guard(AdamW)"
 """The two names that verdicts are about."""
+
+LOWER, USUAL = "AdamW, LR / 10", "AdamW + clip, warmup + cosine"
+"""What a user tries first, and the usual recipe."""
 
 
 def guards() -> dict[str, Method]:
@@ -76,13 +84,17 @@ def skip(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     return peers.skip_step(adamw_clip(learning_rate))
 
 
-def only_finite(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """Clipped AdamW that skips up to five steps in a row that are not finite."""
+def only_finite(method: Method) -> Method:
+    """A method after clipping that skips up to five steps in a row that are not finite."""
     # Both branches of apply_if_finite must have one dtype, and a step that is skipped has the
     # gradients'; AdamW makes float32 of bfloat16.
     cast = optax.stateless(lambda u, p: jax.tree.map(lambda x, y: x.astype(y.dtype), u, p))
-    inner = optax.chain(adamw_clip(learning_rate), cast)
-    return optax.apply_if_finite(inner, max_consecutive_errors=5)
+
+    def make(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+        inner = optax.chain(clip(), method(learning_rate), cast)
+        return optax.apply_if_finite(inner, max_consecutive_errors=5)
+
+    return make
 
 
 def momo_adam(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -108,22 +120,9 @@ RATE_FREE = {"Prodigy": contrib.prodigy, "D-Adapt AdamW": contrib.dadapt_adamw}
 """Methods that set their own learning rate: theirs is a multiplier, and their authors advise 1."""
 
 
-def _at_one(make: Method) -> Method:
+def at_one(make: Method) -> Method:
+    """A method with the multiplier 1, whatever the learning rate."""
     return lambda learning_rate: make(1.0)
-
-
-PEERS: dict[str, Method] = {
-    ADAMW: adamw,
-    "AdamW + clip": adamw_clip,
-    "ZClip": lambda learning_rate: optax.chain(peers.zclip(), adamw(learning_rate)),
-    "skip-step": skip,
-    "StableAdamW": stable_adamw,
-    "reduce on plateau": reduce_on_plateau,
-    "mechanize": lambda learning_rate: contrib.mechanize(adamw(learning_rate)),
-    **{name: _at_one(make) for name, make in RATE_FREE.items()},
-    GUARD: behind_guard(adamw),
-}
-"""Name -> method, of the suite `quality`."""
 
 
 def warmup_cosine(
@@ -132,6 +131,13 @@ def warmup_cosine(
     """AdamW with the usual schedule: warmup over a tenth of the steps, then a cosine to a tenth."""
     shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 10, steps, end_value=0.1)
     return adamw(_shaped(learning_rate, shape))
+
+
+def warmup_cosine_clip(
+    learning_rate: optax.ScalarOrSchedule, steps: int
+) -> optax.GradientTransformation:
+    """The same after clipping: the usual recipe of language models."""
+    return optax.chain(clip(), warmup_cosine(learning_rate, steps))
 
 
 def lower(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -151,9 +157,16 @@ def baselines(steps: int) -> dict[str, Method]:
     """
     return {
         ADAMW: adamw,
-        "AdamW, LR / 10": lower,
+        LOWER: lower,
         "AdamW, warmup + cosine": functools.partial(warmup_cosine, steps=steps),
-        **{name: method for name, method in PEERS.items() if name not in (ADAMW, GUARD)},
+        "AdamW + clip": adamw_clip,
+        USUAL: functools.partial(warmup_cosine_clip, steps=steps),
+        "ZClip": lambda learning_rate: optax.chain(peers.zclip(), adamw(learning_rate)),
+        "skip-step": skip,
+        "StableAdamW": stable_adamw,
+        "reduce on plateau": reduce_on_plateau,
+        "mechanize": lambda learning_rate: contrib.mechanize(adamw(learning_rate)),
+        **{name: at_one(make) for name, make in RATE_FREE.items()},
         "schedule-free AdamW": contrib.schedule_free_adamw,
         "MoMo-Adam": momo_adam,
         GUARD: guard,
@@ -213,7 +226,7 @@ def pretraining(learning_rate: optax.ScalarOrSchedule, steps: int) -> optax.Grad
     """
     shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 20, steps, end_value=0.1)
     return optax.chain(
-        optax.clip_by_global_norm(CLIP_NORM),
+        clip(),
         optax.adamw(lambda step: learning_rate * shape(step), b2=0.95, weight_decay=0.1),
     )
 

@@ -13,6 +13,7 @@ import optax
 
 from experiments.data import BYTE_VOCABULARY
 from experiments.faults import Fault, rate_factor, spoil_batch, spoil_gradients
+from experiments.methods import evaluated
 from experiments.tasks import Task
 
 MOST_AT_ONCE = 54
@@ -133,7 +134,9 @@ def make_run(
         (params, opt_state), _ = jax.lax.scan(
             train_step, (params, tx.init(params)), jnp.arange(steps)
         )
-        return Outcome(task.evaluate(params), guard_counters(opt_state), params)
+        return Outcome(
+            task.evaluate(evaluated(opt_state, params)), guard_counters(opt_state), params
+        )
 
     return run
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from experiments import bench, faults, peers, presets, tasks
 from experiments.__main__ import main
 from experiments.errors import UserError
+from experiments.methods import baselines
 from experiments.models.config import DecoderConfig
 from experiments.models.decoder import Decoder
 from experiments.sections import drills, idle, optimizers, problems, stress
@@ -75,9 +76,9 @@ def tiny(monkeypatch):
         monkeypatch.setattr(section, "__defaults__", (TASK,))
     for section in (idle, drills):
         monkeypatch.setattr(section, "TASKS", TASK)
-    few = {name: stress.PEERS[name] for name in ("AdamW", "Prodigy", "guard(AdamW)")}
-    monkeypatch.setattr(stress, "PEERS", few)
-    monkeypatch.setattr(quality, "PEERS", few)
+    names = ("AdamW", "AdamW, LR / 10", "Prodigy", "schedule-free AdamW", "guard(AdamW)")
+    methods = {name: baselines(TINY.steps)[name] for name in names}
+    monkeypatch.setattr(stress, "baselines", lambda steps: methods)
     monkeypatch.setattr(idle, "BATCH_DIVISORS", (1,))
     monkeypatch.setattr(drills, "VARIANTS", {})
     monkeypatch.setattr(optimizers, "INNER", {"Lion": (optax.lion, (1e-3, 1e-2, 1e-1))})

@@ -143,7 +143,7 @@ def test_reference_measures_the_loss_on_the_way(results):
     assert set(_rows(results, "reference")) >= {f"{name}, seed 0" for name in COMPARED}
 
 
-KNOWN = {**methods.baselines(8), failures.ONLY_FINITE: methods.only_finite}
+KNOWN = {**methods.baselines(8), **failures.IF_FINITE}
 IN_BFLOAT16 = [(name, "bfloat16") for name in failures.PRESETS["nano"].methods]
 
 

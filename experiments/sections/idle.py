@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import Bar, Bench, Findings, Row, mean
-from experiments.methods import ADAMW, GUARD, PEERS, at_multiple
+from experiments.methods import adamw, at_multiple, behind_guard
 from experiments.report import Table
 from experiments.sections.stress import adamw_best_rate
 from experiments.sweep import Case, Outcome, make_run
@@ -100,7 +100,7 @@ def _measure(bench: Bench, setting: Setting, best: float) -> list[Row]:
     # way with the guard than without it, and rounds differently.
     plain, guarded = (
         _one_by_one(jax.jit(make_run(task, method, setting.steps)), rates, seeds)
-        for method in (PEERS[ADAMW], PEERS[GUARD])
+        for method in (adamw, behind_guard(adamw))
     )
     same = [
         np.all(np.asarray(a == b), axis=tuple(range(1, a.ndim)))

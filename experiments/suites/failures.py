@@ -11,11 +11,26 @@ from experiments.faults import Fault, drills
 from experiments.finetune import Run
 from experiments.jobs import Job
 from experiments.lab import Arguments, Lab, Record, perplexities, perplexity
-from experiments.methods import ADAMW, GUARD, baselines, only_finite
+from experiments.methods import (
+    ADAMW,
+    GUARD,
+    LOWER,
+    RATE_FREE,
+    USUAL,
+    Method,
+    adamw,
+    at_one,
+    baselines,
+    only_finite,
+)
 from experiments.report import Table, number
 
-ONLY_FINITE = "AdamW + clip, if finite"
-"""Name of the peer that this suite alone has: it differs from clipping where something is NaN."""
+IF_FINITE: dict[str, Method] = {
+    "AdamW + clip, if finite": only_finite(adamw),
+    "Prodigy + clip, if finite": only_finite(at_one(RATE_FREE["Prodigy"])),
+}
+"""Name -> method, of the peers that this suite alone has: something is NaN here. Prodigy sets its
+own learning rate, so that a wrong one does not reach it."""
 
 CLEAN = "nothing"
 """Name of the scenario in which nothing goes wrong."""
@@ -41,11 +56,11 @@ class FailuresConfig:
     """What is fine-tuned where nothing goes wrong."""
     methods: tuple[str, ...] = (
         ADAMW,
-        "AdamW, LR / 10",
-        "AdamW, warmup + cosine",
+        LOWER,
         "AdamW + clip",
-        ONLY_FINITE,
+        USUAL,
         "skip-step",
+        *IF_FINITE,
         GUARD,
     )
     """What is compared."""
@@ -99,7 +114,7 @@ def failures(options: Arguments) -> None:
             )
             for method in config.methods
         }
-        known = {**baselines(job.steps), ONLY_FINITE: only_finite}
+        known = {**baselines(job.steps), **IF_FINITE}
         records[name] = lab.measure(job, runs, known)
     lab.publish(
         "Failures",

@@ -9,7 +9,6 @@ from pathlib import Path
 from experiments import plots
 from experiments.bench import Bench, Findings, Row, losses, mean
 from experiments.errors import UserError
-from experiments.methods import PEERS
 from experiments.presets import QUALITY_PRESETS
 from experiments.sections.drills import faults
 from experiments.sections.idle import idle
@@ -64,6 +63,7 @@ def quality(
 def _curves(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """Task -> method -> its (multiple, mean loss) points."""
     tasks = dict.fromkeys(row["task"] for row in rows)
+    methods = dict.fromkeys(row["method"] for row in rows)
     multiples = sorted({row["multiple"] for row in rows})
     return {
         task: {
@@ -71,7 +71,7 @@ def _curves(rows: Sequence[Row]) -> dict[str, dict[str, list[tuple[float, float]
                 (m, mean(losses(rows, task=task, method=method, multiple=m)) or math.inf)
                 for m in multiples
             ]
-            for method in PEERS
+            for method in methods
         }
         for task in tasks
     }

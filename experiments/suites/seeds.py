@@ -8,7 +8,7 @@ from experiments import jobs
 from experiments.errors import preset_of
 from experiments.jobs import Job
 from experiments.lab import Arguments, Lab, Methods, at_rates, perplexities
-from experiments.methods import ADAMW, GUARD, chosen
+from experiments.methods import ADAMW, GUARD, USUAL, chosen
 from experiments.report import Table, number
 
 PAPER_PERPLEXITIES = ("12.68 ± 0.14", "9.69 ± 0.06")
@@ -25,7 +25,7 @@ class SeedsConfig:
     """The seeds, where the user does not choose."""
     multiples: tuple[float, ...] = (1, 10)
     """Learning rates, in units of the job's reference."""
-    methods: tuple[str, ...] = (ADAMW, "AdamW, warmup + cosine", "Prodigy", GUARD)
+    methods: tuple[str, ...] = (ADAMW, USUAL, "Prodigy", GUARD)
     """What is compared, where the user does not choose."""
 
 
