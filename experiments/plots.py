@@ -23,6 +23,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 _OURS = "#2166ac"
 _OTHERS = ("#b2182b", "#ef8a62", "#4d9221", "#762a83", "#7f7f7f")
 """Of the first other methods; from ColorBrewer, distinct for colour-blind readers."""
+_LEGEND_INSIDE = 6
+"""Methods whose names leave room for their lines."""
 _MARKERS = ("o", "s", "^", "v", "P")
 _REGIME_COLORS = ("#e8f3e8", "#fde9c9", "#f7c6c1", "#dbe7f6")
 
@@ -68,7 +70,8 @@ def lr_curves(
     top = 10 * zero_step
     lines = []
     with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+        inside = len(curves) <= _LEGEND_INSIDE
+        figure, axes = plt.subplots(figsize=(7 if inside else 9, 4.5), layout="constrained")
         for method, points in curves.items():
             lines += _curve(axes, points, top, label=method, **_line(method, curves))
         levels = [("zero-step", zero_step, 3)]
@@ -96,7 +99,10 @@ def lr_curves(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
         _plain_log_ticks(axes.yaxis)
-        axes.legend(loc="upper left")
+        if inside:
+            axes.legend(loc="upper left")
+        else:
+            _legend_outside(figure, axes)
         return _png(figure)
 
 
@@ -241,8 +247,12 @@ def over_time(
             times, values = zip(*points, strict=True) if points else ((), ())
             axes.plot(times, values, markersize=4, label=method, **_line(method, curves))
         axes.set(xlabel=x_label, ylabel=y_label)
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside right", fontsize=9)
+        _legend_outside(figure, axes)
         return _png(figure)
+
+
+def _legend_outside(figure: plt.Figure, axes: Any) -> None:
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right", fontsize=9)
 
 
 def _plain_log_ticks(axis: Axis) -> None:
