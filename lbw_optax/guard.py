@@ -213,7 +213,8 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
             state.statistics, telemetry, signals, last_scale, moved, has_loss, law
         )
         spike = diagnosis.alarm == Cause.GRADIENT_SPIKE
-        absorbed = sensing.learn_spike(state.statistics, telemetry.gradient_norm, law)
+        first = state.controller.rejections == 0
+        absorbed = sensing.learn_spike(state.statistics, telemetry.gradient_norm, first, law)
         statistics = jax.tree.map(
             lambda old, new, held: jnp.where(taken & ~nonfinite, new, jnp.where(spike, held, old)),
             state.statistics,

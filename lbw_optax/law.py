@@ -103,7 +103,7 @@ class Law:
     overshoot_decay: float = 0.95
     """Decay of the mean and variance of the overshoot."""
     gradient_rise: float = 0.1
-    """Weight of a gradient norm above its mean: a permanent shift of x50 is accepted in 17
+    """Weight of a gradient norm above its mean: a permanent shift of x50 is accepted in 14
     steps."""
     gradient_fall: float = 0.02
     """Weight of a gradient norm below its mean, so that quiet batches do not make a normal one
@@ -129,9 +129,10 @@ class Law:
     spike_ratio: float = 10.0
     """Gradient spike: gradient norm over its running mean. Healthy first steps stay below 5."""
     spike_rise: float = 0.3
-    """What a spike that was held adds to the log of that ratio: of spikes that recur at 100 times
-    the mean eight are held. At 0.1 a classifier of single samples, 1 % of them positive, had not
-    learned them in 6,000 steps (loss .070, at 0.3 .014, without a guard .012)."""
+    """What a spike that was held, or the first of several in a row, adds to the log of that ratio:
+    of spikes that recur at 100 times the mean eight are held. At 0.1 a classifier of single
+    samples, 1 % of them positive, had not learned them in 6,000 steps (loss .070, at 0.3 .014,
+    without a guard .012)."""
     spike_share: float = 1e-3
     """Share of the steps that is held for spikes in the long run, however often they recur."""
     spike_most: float = 100.0

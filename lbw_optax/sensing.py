@@ -384,14 +384,17 @@ def learn_gradient(statistics: Statistics, gradient_norm: jax.Array, law: Law) -
     return jnp.where(gradient_norm > 0, new, mean)
 
 
-def learn_spike(statistics: Statistics, gradient_norm: jax.Array, law: Law) -> Statistics:
+def learn_spike(
+    statistics: Statistics, gradient_norm: jax.Array, first: jax.Array, law: Law
+) -> Statistics:
     r"""Returns the statistics with one gradient spike that was held.
 
     A fault is rare; spikes that recur are data, such as the positives of a rare class. Each widens
     its own test by a factor that decays with every accepted step, a quantile by stochastic
     approximation: in the long run the share :math:`q` of the steps, ``law.spike_share``, is held.
+    Spikes in a row are one.
 
-    .. math:: \tau \leftarrow \min(\tau + r, \log c) \text{ if held, }
+    .. math:: \tau \leftarrow \min(\tau + r, \log c) \text{ if held, the first in a row; }
       \max(\tau - r q, 0) \text{ if accepted}
 
     with :math:`\tau` = ``spike_tolerance``, :math:`r` = ``law.spike_rise``, :math:`c` =
@@ -400,6 +403,7 @@ def learn_spike(statistics: Statistics, gradient_norm: jax.Array, law: Law) -> S
     Args:
       statistics: the run so far.
       gradient_norm: norm of the gradients, finite.
+      first: whether the step before this one was accepted.
       law: the constants.
 
     Returns:
@@ -409,7 +413,7 @@ def learn_spike(statistics: Statistics, gradient_norm: jax.Array, law: Law) -> S
       Robbins and Monro, `A Stochastic Approximation Method
       <https://doi.org/10.1214/aoms/1177729586>`_, 1951
     """
-    widened = statistics.spike_tolerance + law.spike_rise
+    widened = statistics.spike_tolerance + jnp.where(first, law.spike_rise, 0)
     return statistics._replace(
         gradient_mean=learn_gradient(statistics, gradient_norm, law),
         spike_tolerance=jnp.minimum(widened, math.log(law.spike_most)),

@@ -128,8 +128,18 @@ def test_spikes_beyond_any_data_are_faults_however_often_they_recur():
 def test_what_spikes_widened_is_forgotten():
     statistics, law = init_statistics(), Law()
     for _ in range(3):
-        statistics = learn_spike(statistics, jnp.float32(1), law)
+        statistics = learn_spike(statistics, jnp.float32(1), jnp.bool_(True), law)
     assert float(statistics.spike_tolerance) == pytest.approx(3 * law.spike_rise)
     for _ in range(round(1 / law.spike_share)):
         _, statistics = learn(statistics, False)
     assert float(statistics.spike_tolerance) == pytest.approx(2 * law.spike_rise, rel=1e-2)
+
+
+def test_spikes_in_a_row_are_one():
+    """A burst of wild gradients is held to its end."""
+    burst = slice(LONG // 2, LONG // 2 + 12)
+    grads = np.ones((LONG, 6), np.float32)
+    grads[burst] *= 100
+    taken = np.asarray(long_runner("step")({"grads": grads, "value": np.ones(LONG, np.float32)})[1])
+    assert (taken[burst] == Action.HOLD).all()
+    assert set(np.delete(taken, burst)) == {Action.PASS}
