@@ -7,7 +7,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lbw_optax import actuation, interpretation, ledger, memory, policy, sensing
+from lbw_optax import (
+    actuation,
+    controller,
+    envelope,
+    interpretation,
+    ledger,
+    memory,
+    policy,
+    sensing,
+    statistics,
+)
 from lbw_optax.interpretation import Cause
 from lbw_optax.law import Law
 from lbw_optax.policy import Action
@@ -34,8 +44,8 @@ class GuardState(NamedTuple):
     dwell: jax.Array  # shape=(), dtype=int32
     has_loss: jax.Array  # shape=(), dtype=bool
     has_params: jax.Array  # shape=(), dtype=bool
-    statistics: sensing.Statistics
-    controller: policy.Controller
+    statistics: statistics.Statistics
+    controller: controller.Controller
     ledger: ledger.Ledger
 
 
@@ -117,7 +127,7 @@ def guard(
     law = Law() if law is None else law
     _check(inner, memory, min_scale, relative_step_limit, max_rejections, log_size, law)
     # Python's own numbers: numpy's would decide the dtypes of the state.
-    limits = policy.Limits(float(min_scale), float(relative_step_limit), int(max_rejections))
+    limits = controller.Limits(float(min_scale), float(relative_step_limit), int(max_rejections))
     return _guard(inner, memory, limits, int(log_size), axis_name, law)
 
 
@@ -139,8 +149,8 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
             dwell=jnp.zeros([], jnp.int32),
             has_loss=jnp.zeros([], bool),
             has_params=jnp.zeros([], bool),
-            statistics=sensing.init_statistics(),
-            controller=policy.init_controller(params, axis_name, law),
+            statistics=statistics.init_statistics(),
+            controller=controller.init_controller(params, axis_name, law),
             ledger=ledger.init_ledger(log_size),
         )
 
@@ -167,10 +177,10 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
         )
         moved = state.controller.last_length > 0
         last_scale = state.controller.scale
-        signals = sensing.compare(state.statistics, telemetry, last_scale, has_loss, law)
+        signals = statistics.compare(state.statistics, telemetry, last_scale, has_loss, law)
 
         # Interpret.
-        bounds = policy.envelope(
+        bounds = envelope.step_bounds(
             state.controller,
             telemetry,
             state.statistics.observations,
@@ -188,7 +198,7 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
         )
 
         # Decide.
-        command, controller = policy.decide(
+        command, steered = policy.decide(
             state.controller,
             regime,
             diagnosis,
@@ -208,14 +218,14 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
         inner_state = actuation.keep_inner_state(command, state.inner_state, inner_state)
 
         # Learn and log.
-        nonfinite = controller.nonfinites > 0
-        observed = sensing.observe(
+        nonfinite = steered.nonfinites > 0
+        observed = statistics.observe(
             state.statistics, telemetry, signals, last_scale, moved, has_loss, law
         )
         spike = diagnosis.alarm == Cause.GRADIENT_SPIKE
         first = state.controller.rejections == 0
-        absorbed = sensing.learn_spike(state.statistics, telemetry.gradient_norm, first, law)
-        statistics = jax.tree.map(
+        absorbed = statistics.learn_spike(state.statistics, telemetry.gradient_norm, first, law)
+        learned = jax.tree.map(
             lambda old, new, held: jnp.where(taken & ~nonfinite, new, jnp.where(spike, held, old)),
             state.statistics,
             observed,
@@ -228,8 +238,8 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
             dwell=dwell,
             has_loss=jnp.full([], has_loss, bool),
             has_params=jnp.full([], has_params, bool),
-            statistics=statistics,
-            controller=controller,
+            statistics=learned,
+            controller=steered,
             ledger=ledger.record(
                 state.ledger, command, state.regime, regime, diagnosis.size, nonfinite
             ),

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from lbw_optax.law import Law
-from lbw_optax.sensing import Signals, Telemetry
+from lbw_optax.sensing import Telemetry
+from lbw_optax.statistics import Signals
 
 
 class Regime(enum.IntEnum):

@@ -1,16 +1,17 @@
 """Policy: the bounded control law, from a diagnosis to a command. Pure functions of scalars."""
 
-import contextlib
 import enum
-import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from lbw_optax.controller import Controller, Limits
+from lbw_optax.envelope import Envelope, next_trust_radius
 from lbw_optax.interpretation import Cause, Diagnosis, Regime
 from lbw_optax.law import Law
-from lbw_optax.sensing import Signals, Telemetry, is_inexact
+from lbw_optax.sensing import Telemetry
+from lbw_optax.statistics import Signals
 
 
 class Action(enum.IntEnum):
@@ -28,43 +29,6 @@ class Action(enum.IntEnum):
     """After too many rejected steps: take the finite part of the step at the lowest scale."""
 
 
-class Limits(NamedTuple):
-    """What holds whatever the sensors say; see `lbw_optax.guard`."""
-
-    min_scale: float
-    relative_step_limit: float
-    max_rejections: int
-
-
-class Controller(NamedTuple):
-    """The policy's memory.
-
-    Attributes:
-      scale: the scale in force, that of the last applied step, in [min_scale, 1].
-      latch: scale that the envelope has imposed; it follows the envelope down at once.
-      earned: factor on the latch that the measured overshoot has earned; below 1 it anneals.
-      trust_radius: absolute step length that has proved safe; 0 before the first step.
-      last_length: norm of the last applied step; 0 before the first.
-      last_slope: slope at the start of the last applied step, in units of the loss.
-      rejections: held or undone steps in a row.
-      nonfinites: non-finite observations in a row.
-      too_long: steps in a row that were `Diagnosis.long`.
-      allowance: what the norm of the parameters is multiplied with; above 1 if some of them started
-        at zero.
-    """
-
-    scale: jax.Array  # shape=(), dtype=float32
-    latch: jax.Array  # shape=(), dtype=float32
-    earned: jax.Array  # shape=(), dtype=float32
-    trust_radius: jax.Array  # shape=(), dtype=float32
-    last_length: jax.Array  # shape=(), dtype=float32
-    last_slope: jax.Array  # shape=(), dtype=float32
-    rejections: jax.Array  # shape=(), dtype=int32
-    nonfinites: jax.Array  # shape=(), dtype=int32
-    too_long: jax.Array  # shape=(), dtype=int32
-    allowance: jax.Array  # shape=(), dtype=float32
-
-
 class Command(NamedTuple):
     """What actuation has to do.
 
@@ -79,161 +43,6 @@ class Command(NamedTuple):
     cause: jax.Array  # shape=(), dtype=int32
     scale: jax.Array  # shape=(), dtype=float32
     factor: jax.Array  # shape=(), dtype=float32
-
-
-class Envelope(NamedTuple):
-    """How long a step may be.
-
-    Attributes:
-      relative: longest healthy step for parameters of this size.
-      healthy: longest healthy step; more than `relative` if it has proved safe.
-      hard: longest step of all.
-    """
-
-    relative: jax.Array  # shape=(), dtype=float32
-    healthy: jax.Array  # shape=(), dtype=float32
-    hard: jax.Array  # shape=(), dtype=float32
-
-
-def init_controller(params: Any, axis_name: Any, law: Law) -> Controller:
-    """Returns the controller of a run that has not begun; its very first steps are not excused."""
-    start = {"scale": 1, "latch": 1, "earned": 1}
-    start |= {"too_long": law.brief_steps, "allowance": _allowance(params, axis_name, law)}
-    whole = ("rejections", "nonfinites", "too_long")
-    return Controller(
-        **{
-            name: jnp.asarray(start.get(name, 0), jnp.int32 if name in whole else jnp.float32)
-            for name in Controller._fields
-        }
-    )
-
-
-def _allowance(params: Any, axis_name: Any, law: Law) -> jax.Array:
-    r"""Allows for entries that start at zero: :math:`\min(n / n_0, \text{allowance_most})`.
-
-    Such entries, half of LoRA's for instance, will get a size but have none yet. :math:`n_0` is the
-    number of those that are not zero. Counting them as large as the others would be the square root
-    of it, which ends .005 to .02 nats worse on LoRA.
-    """
-    count, nonzero = 0.0, jnp.zeros([], jnp.float32)
-    for leaf in filter(is_inexact, jax.tree.leaves(params)):
-        size = float(math.prod(getattr(leaf, "shape", ())))
-        count += size
-        # A shape without values says nothing: it counts as not zero.
-        known = not isinstance(leaf, jax.ShapeDtypeStruct)
-        nonzero += _count_nonzero(jnp.asarray(leaf)) if known else size
-    sums = (jnp.float32(count), nonzero)
-    if axis_name is not None:
-        with contextlib.suppress(NameError):  # Outside shard_map the arrays are whole.
-            sums = jax.lax.psum(sums, axis_name)
-    count, nonzero = sums
-    ratio = jnp.minimum(count / jnp.maximum(nonzero, 1), law.allowance_most)
-    return jnp.where(nonzero > 0, ratio, 1.0)
-
-
-def _count_nonzero(x: jax.Array) -> jax.Array:
-    """The number of entries that are not zero: by rows, since a large array's overflows int32."""
-    rows = jnp.count_nonzero(x, axis=-1) if x.ndim else jnp.count_nonzero(x)
-    return jnp.sum(rows.astype(jnp.float32))
-
-
-def envelope(
-    controller: Controller,
-    telemetry: Telemetry,
-    observations: jax.Array,
-    reach: jax.Array,
-    has_params: bool,
-    law: Law,
-    limits: Limits,
-) -> Envelope:
-    r"""Computes how long a step may be.
-
-    .. math::
-
-      \rho_t = \max(\rho, \rho_0 (t + 1)^{-a}), \quad
-      \text{healthy} = \max(\rho_t w \|p\| \, n / n_0, f), \quad
-      \text{hard} = \ell \max(\|p\|, \sqrt{n})
-
-    with :math:`\rho` = ``law.relative_step``, :math:`\rho_0` = ``law.relative_step_start``,
-    :math:`a` = ``law.relative_step_power``, :math:`w` = ``reach``, :math:`f` the trust radius,
-    :math:`\ell` = ``limits.relative_step_limit``, :math:`n` the number of parameters and
-    :math:`n / n_0` the controller's ``allowance`` for those that started at zero.
-
-    Args:
-      controller: the policy's memory.
-      telemetry: this step.
-      observations: accepted observations so far.
-      reach: how much longer steps may be because they do not add up.
-      has_params: whether the caller gives the parameters; without them nothing bounds a step.
-      law: the constants.
-      limits: the hard limits.
-
-    Returns:
-      The `Envelope`, in units of the parameters; never 0.
-    """
-    number = jnp.finfo(jnp.float32)
-    if not has_params:
-        unbounded = jnp.full([], number.max, jnp.float32)
-        return Envelope(unbounded, unbounded, unbounded)
-    t = telemetry
-    start = (
-        law.relative_step_start * (observations.astype(jnp.float32) + 1) ** -law.relative_step_power
-    )
-    share = jnp.maximum(law.relative_step, start)
-    relative = share * reach * t.parameter_norm * controller.allowance
-    hard = limits.relative_step_limit * jnp.maximum(t.parameter_norm, jnp.sqrt(t.size))
-    hard = jnp.clip(hard, number.tiny, number.max)
-    healthy = jnp.maximum(relative, _trust_radius(controller, t, law))
-    return Envelope(
-        relative=jnp.minimum(relative, hard),
-        healthy=jnp.clip(healthy, number.tiny, hard),
-        hard=hard,
-    )
-
-
-def _trust_radius(controller: Controller, telemetry: Telemetry, law: Law) -> jax.Array:
-    """At first everything if the parameters have no size yet, else what any step may have."""
-    start = jnp.where(
-        telemetry.parameter_norm <= law.unset_size * jnp.sqrt(telemetry.size),
-        jnp.finfo(jnp.float32).max,
-        law.relative_step * telemetry.parameter_norm,
-    )
-    return jnp.where(controller.trust_radius > 0, controller.trust_radius, start)
-
-
-def _least_radius(telemetry: Telemetry, law: Law) -> jax.Array:
-    return law.relative_step * law.unset_size * jnp.sqrt(telemetry.size)
-
-
-def _next_trust_radius(
-    controller: Controller,
-    telemetry: Telemetry,
-    bounds: Envelope,
-    bound: jax.Array,
-    harm: jax.Array,
-    law: Law,
-) -> jax.Array:
-    r"""Moves the radius to a small part of the way to the minimum of the last step's parabola.
-
-    .. math:: f' = f \, \mathrm{clip}(\nu a / (a + c), 1 / G, G)
-
-    with :math:`a` and :math:`-c` the downward slope at the start and at the end of the step, so
-    that it went :math:`(a + c) / a` of that way, :math:`\nu` = ``law.trust_way`` and :math:`G` =
-    ``law.trust_growth``. Only a step that was bound lets the radius grow.
-    """
-    c, t = controller, telemetry
-    radius = _trust_radius(c, t, law)
-    least = _least_radius(t, law)
-    descent, lost = -c.last_slope, t.overshoot - c.last_slope
-    factor = law.trust_way * descent / jnp.maximum(lost, jnp.finfo(jnp.float32).tiny)
-    factor = jnp.clip(factor, 1 / law.trust_growth, jnp.where(bound, law.trust_growth, 1))
-    factor = jnp.where((descent > 0) & jnp.isfinite(lost), factor, 1)
-    learned = jnp.clip(radius * factor, least, jnp.finfo(jnp.float32).max / 4)
-    # Parameters without a size: open until a step did harm or the parameters have outgrown them.
-    wide_open = radius >= jnp.finfo(jnp.float32).max
-    outgrown = (t.step_norm > 0) & (t.step_norm <= bounds.relative)
-    closed = jnp.maximum(jnp.where(harm, c.last_length / law.trust_growth, t.step_norm), least)
-    return jnp.where(wide_open, jnp.where(harm | outgrown, closed, radius), learned)
 
 
 def decide(
@@ -310,7 +119,7 @@ def decide(
 
     moved = taken & ~diagnosis.empty
     bound = (regime == Regime.STRESS) & (c.scale < 1)
-    radius = _next_trust_radius(c, t, bounds, bound, harm, law)
+    radius = next_trust_radius(c, t, bounds, bound, harm, law)
     learned = (undone & harm) | (moved & ~nonfinite)
     next_controller = Controller(
         scale=jnp.select([undone, moved | exhausted], [cut, scale], c.scale),

@@ -9,9 +9,11 @@ import optax
 import pytest
 from helpers import actions, at, exact_jit, feed, find, normal, telemetry, train
 
-from lbw_optax import Action, Law, Regime, guard, policy, sensing
+from lbw_optax import Action, Law, Regime, guard, statistics
+from lbw_optax.controller import Limits
+from lbw_optax.envelope import next_trust_radius, step_bounds
 
-LIMITS = policy.Limits(min_scale=1e-5, relative_step_limit=1.0, max_rejections=20)
+LIMITS = Limits(min_scale=1e-5, relative_step_limit=1.0, max_rejections=20)
 PARAMS = {"w": normal(32, 32)}
 STEPS = 60
 RADIUS = 0.5
@@ -20,9 +22,9 @@ LAST, NEXT = slice(None, -1), slice(1, None)
 run = exact_jit(feed, static_argnums=0)
 
 
-def envelope(controller, shown, observations=9, reach=1.0):
+def bounds(controller, shown, observations=9, reach=1.0):
     observations, reach = jnp.int32(observations), jnp.float32(reach)
-    return policy.envelope(controller, shown, observations, reach, True, Law(), LIMITS)
+    return step_bounds(controller, shown, observations, reach, True, Law(), LIMITS)
 
 
 @jax.jit
@@ -31,8 +33,8 @@ def healthy_length(before, params, update):
     """The healthy length that a step was judged by, from the state before it."""
     sizes = {"parameter_norm": params, "step_norm": update}
     shown = telemetry(size=32 * 32, **jax.tree.map(jnp.linalg.norm, sizes))
-    signals = sensing.compare(before.statistics, shown, before.controller.scale, True, Law())
-    found = envelope(before.controller, shown, before.statistics.observations, signals.reach)
+    signals = statistics.compare(before.statistics, shown, before.controller.scale, True, Law())
+    found = bounds(before.controller, shown, before.statistics.observations, signals.reach)
     return found.healthy
 
 
@@ -61,7 +63,7 @@ def test_no_step_under_stress_is_longer_than_is_healthy(tx, seed, signal):
 def test_the_envelope_is_wider_where_steps_do_not_add_up():
     start = find(guard(optax.sgd(1.0)).init(PARAMS))
     shown = telemetry(parameter_norm=10, step_norm=1, size=1024)
-    once, thrice = (envelope(start.controller, shown, reach=reach) for reach in (1, 3))
+    once, thrice = (bounds(start.controller, shown, reach=reach) for reach in (1, 3))
     np.testing.assert_allclose(thrice.healthy, 3 * once.healthy, rtol=1e-6)
     assert thrice.hard == once.hard
 
@@ -72,8 +74,8 @@ def next_radius(way, bound=True):
         trust_radius=jnp.float32(RADIUS), last_length=jnp.float32(1), last_slope=jnp.float32(-1)
     )
     shown = telemetry(parameter_norm=10, step_norm=1, size=1024, overshoot=way - 1)
-    found = policy._next_trust_radius(
-        controller, shown, envelope(controller, shown), jnp.bool_(bound), jnp.bool_(False), Law()
+    found = next_trust_radius(
+        controller, shown, bounds(controller, shown), jnp.bool_(bound), jnp.bool_(False), Law()
     )
     return float(found) / RADIUS
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lbw_optax import Law, Regime
 from lbw_optax.interpretation import Cause, Diagnosis, diagnose, next_regime
-from lbw_optax.sensing import Signals
+from lbw_optax.statistics import Signals
 
 LAW = Law()
 QUIET = {

@@ -8,7 +8,7 @@ import optax
 import pytest
 from helpers import exact_jit, feed, find, normal, telemetry
 
-from lbw_optax import Law, guard, sensing
+from lbw_optax import Law, guard, statistics
 
 PARAMS = {"w": 100 * normal(64, 64), "b": 100 * normal(8)}
 STEPS = 200
@@ -32,13 +32,13 @@ def persistence(inner, grads, memory="step", params=PARAMS):
 
 def bearable(mean_cosine):
     """What is bearable in a run of that persistence, all else being equal."""
-    run = sensing.init_statistics()._replace(
+    run = statistics.init_statistics()._replace(
         observations=jnp.int32(100),
         loss_mean=jnp.float32(1),
         loss_variance=jnp.float32(0.1),
         persistence=jnp.float32(mean_cosine),
     )
-    return float(sensing.compare(run, telemetry(), jnp.float32(1), True, Law()).bearable)
+    return float(statistics.compare(run, telemetry(), jnp.float32(1), True, Law()).bearable)
 
 
 @pytest.mark.parametrize("memory", ["step", "sparse"])

@@ -10,7 +10,7 @@ import pytest
 from helpers import at, exact_jit, feed, telemetry
 
 from lbw_optax import Action, Law, guard, report
-from lbw_optax.sensing import compare, init_statistics, learn_spike, observe
+from lbw_optax.statistics import compare, init_statistics, learn_spike, observe
 
 LONG = 1500
 

@@ -1,0 +1,123 @@
+"""Envelope: how long a step may be. Pure functions of scalars."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lbw_optax.controller import Controller, Limits
+from lbw_optax.law import Law
+from lbw_optax.sensing import Telemetry
+
+
+class Envelope(NamedTuple):
+    """How long a step may be.
+
+    Attributes:
+      relative: longest healthy step for parameters of this size.
+      healthy: longest healthy step; more than `relative` if it has proved safe.
+      hard: longest step of all.
+    """
+
+    relative: jax.Array  # shape=(), dtype=float32
+    healthy: jax.Array  # shape=(), dtype=float32
+    hard: jax.Array  # shape=(), dtype=float32
+
+
+def step_bounds(
+    controller: Controller,
+    telemetry: Telemetry,
+    observations: jax.Array,
+    reach: jax.Array,
+    has_params: bool,
+    law: Law,
+    limits: Limits,
+) -> Envelope:
+    r"""Computes how long a step may be.
+
+    .. math::
+
+      \rho_t = \max(\rho, \rho_0 (t + 1)^{-a}), \quad
+      \text{healthy} = \max(\rho_t w \|p\| \, n / n_0, f), \quad
+      \text{hard} = \ell \max(\|p\|, \sqrt{n})
+
+    with :math:`\rho` = ``law.relative_step``, :math:`\rho_0` = ``law.relative_step_start``,
+    :math:`a` = ``law.relative_step_power``, :math:`w` = ``reach``, :math:`f` the trust radius,
+    :math:`\ell` = ``limits.relative_step_limit``, :math:`n` the number of parameters and
+    :math:`n / n_0` the controller's ``allowance`` for those that started at zero.
+
+    Args:
+      controller: the policy's memory.
+      telemetry: this step.
+      observations: accepted observations so far.
+      reach: how much longer steps may be because they do not add up.
+      has_params: whether the caller gives the parameters; without them nothing bounds a step.
+      law: the constants.
+      limits: the hard limits.
+
+    Returns:
+      The `Envelope`, in units of the parameters; never 0.
+    """
+    number = jnp.finfo(jnp.float32)
+    if not has_params:
+        unbounded = jnp.full([], number.max, jnp.float32)
+        return Envelope(unbounded, unbounded, unbounded)
+    t = telemetry
+    start = (
+        law.relative_step_start * (observations.astype(jnp.float32) + 1) ** -law.relative_step_power
+    )
+    share = jnp.maximum(law.relative_step, start)
+    relative = share * reach * t.parameter_norm * controller.allowance
+    hard = limits.relative_step_limit * jnp.maximum(t.parameter_norm, jnp.sqrt(t.size))
+    hard = jnp.clip(hard, number.tiny, number.max)
+    healthy = jnp.maximum(relative, _trust_radius(controller, t, law))
+    return Envelope(
+        relative=jnp.minimum(relative, hard),
+        healthy=jnp.clip(healthy, number.tiny, hard),
+        hard=hard,
+    )
+
+
+def _trust_radius(controller: Controller, telemetry: Telemetry, law: Law) -> jax.Array:
+    """At first everything if the parameters have no size yet, else what any step may have."""
+    start = jnp.where(
+        telemetry.parameter_norm <= law.unset_size * jnp.sqrt(telemetry.size),
+        jnp.finfo(jnp.float32).max,
+        law.relative_step * telemetry.parameter_norm,
+    )
+    return jnp.where(controller.trust_radius > 0, controller.trust_radius, start)
+
+
+def _least_radius(telemetry: Telemetry, law: Law) -> jax.Array:
+    return law.relative_step * law.unset_size * jnp.sqrt(telemetry.size)
+
+
+def next_trust_radius(
+    controller: Controller,
+    telemetry: Telemetry,
+    bounds: Envelope,
+    bound: jax.Array,
+    harm: jax.Array,
+    law: Law,
+) -> jax.Array:
+    r"""Moves the radius to a small part of the way to the minimum of the last step's parabola.
+
+    .. math:: f' = f \, \mathrm{clip}(\nu a / (a + c), 1 / G, G)
+
+    with :math:`a` and :math:`-c` the downward slope at the start and at the end of the step, so
+    that it went :math:`(a + c) / a` of that way, :math:`\nu` = ``law.trust_way`` and :math:`G` =
+    ``law.trust_growth``. Only a step that was bound lets the radius grow.
+    """
+    c, t = controller, telemetry
+    radius = _trust_radius(c, t, law)
+    least = _least_radius(t, law)
+    descent, lost = -c.last_slope, t.overshoot - c.last_slope
+    factor = law.trust_way * descent / jnp.maximum(lost, jnp.finfo(jnp.float32).tiny)
+    factor = jnp.clip(factor, 1 / law.trust_growth, jnp.where(bound, law.trust_growth, 1))
+    factor = jnp.where((descent > 0) & jnp.isfinite(lost), factor, 1)
+    learned = jnp.clip(radius * factor, least, jnp.finfo(jnp.float32).max / 4)
+    # Parameters without a size: open until a step did harm or the parameters have outgrown them.
+    wide_open = radius >= jnp.finfo(jnp.float32).max
+    outgrown = (t.step_norm > 0) & (t.step_norm <= bounds.relative)
+    closed = jnp.maximum(jnp.where(harm, c.last_length / law.trust_growth, t.step_norm), least)
+    return jnp.where(wide_open, jnp.where(harm | outgrown, closed, radius), learned)
