@@ -136,7 +136,7 @@ NANO_RECIPE = PretrainConfig(
 )
 
 NANO = Job(
-    base=Base("0.2M decoder", byte_decoder(96, 2, 4, 128), NANO_RECIPE),
+    base=Base("decoder-0.2M", byte_decoder(96, 2, 4, 128), NANO_RECIPE),
     corpus="python-manual",
     # AdamW's held-out perplexity: 4.30 at 1e-3, 4.20 at 3e-3, 4.24 at 5e-3, 4.43 at 1e-2
     # (zero-step: 5.44).
@@ -166,7 +166,7 @@ SMALL_RECIPE = PretrainConfig(
 )
 
 SMALL = Job(
-    base=Base("91M decoder", byte_decoder(768, 14, 12, 1024), SMALL_RECIPE, "bfloat16"),
+    base=Base("decoder-91M", byte_decoder(768, 14, 12, 1024), SMALL_RECIPE, "bfloat16"),
     corpus="python-manual",
     # A guess from LoRA practice (1e-4 to 1e-3), still to be tuned.
     reference_lr=3e-4,

@@ -21,8 +21,8 @@ def _llama(job: Job, name: str, reference_lr: float) -> Job:
 
 
 PRESETS = {
-    "nano": LrStressConfig(_llama(jobs.NANO_SHORT, "0.2M Llama", 1e-3), (0.3, 1, 3, 10, 30, 100)),
-    "small": LrStressConfig(_llama(jobs.SMALL, "91M Llama", 1e-4), (0.3, 1, 3, 10, 30, 100)),
+    "nano": LrStressConfig(_llama(jobs.NANO_SHORT, "llama-0.2M", 1e-3), (0.3, 1, 3, 10, 30, 100)),
+    "small": LrStressConfig(_llama(jobs.SMALL, "llama-91M", 1e-4), (0.3, 1, 3, 10, 30, 100)),
     "stories": LrStressConfig(
         dataclasses.replace(jobs.STORIES, lora=None, reference_lr=1e-3),
         (0.1, 0.3, 1, 3, 10, 30, 100),
