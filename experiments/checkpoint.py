@@ -9,7 +9,7 @@ from typing import TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from experiments.errors import UserError
+from experiments.errors import UserError, reading
 
 T = TypeVar("T")
 
@@ -53,7 +53,9 @@ class Checkpoints:
         if step is None:
             return initial
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, initial)
-        return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        folder = self._manager.directory
+        with reading(folder, "this checkpoint cannot be restored; delete the folder to start over"):
+            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
 
     def close(self) -> None:
         """Releases what the manager holds."""

@@ -40,7 +40,7 @@ _LONGEST = 2**22
 bytes of memory for each."""
 
 # The heading of a WikiText article. Sections have more signs: " = = History = = ".
-_TITLE = re.compile(r" = [^=].* = \n")
+_TITLE = re.compile(r" = [^=].* = \r?\n")
 
 
 class Digest(NamedTuple):
@@ -137,7 +137,7 @@ def wikitext(size: int) -> Corpus:
         splits = datasets.load_dataset("Salesforce/wikitext", f"wikitext-{size}-raw-v1")
     except (OSError, ValueError) as error:  # ValueError: offline, with another part in the cache.
         raise UserError(
-            f"{name} cannot be downloaded ({error}): "
+            f"{name} cannot be downloaded ({str(error).splitlines()[0]}): "
             "connect to the hub once, or give a text of your own with --data or --pretrain-data"
         ) from error
 
@@ -180,7 +180,20 @@ def read_corpus(path: Path) -> Corpus:
         return _corpus(
             str(path), {split: functools.partial(_read_files, files[split]) for split in files}
         )
-    files = [file for file in walk(path) if _is_readable(file)] if path.is_dir() else [path]
+    if path.is_dir():
+        nested = [folder for folder in sorted(path.iterdir()) if folder.is_dir()]
+        if divided := next((folder for folder in nested if len(_split_files(folder)) > 1), None):
+            raise UserError(f"{path}: {divided.name} in it has splits; give that folder")
+        found = list(walk(path))
+        files = [file for file in found if _is_readable(file)]
+        if found and not files:
+            raise UserError(f"{path}: none of its {len(found)} files is UTF-8 text")
+    elif not path.is_file():  # It is read more than once, which a pipe cannot be.
+        raise UserError(f"{path}: neither a file nor a folder")
+    elif _type(path) in _OTHER_FILES:
+        raise UserError(f"{path}: give text, {' or '.join(_ROW_FILES)}, not {_type(path)}")
+    else:
+        files = [path]
     return _divided(str(path), Documents(str(path), functools.partial(_read_files, files)))
 
 

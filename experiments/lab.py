@@ -93,7 +93,7 @@ class Lab(Generic[Config]):
         chosen = {
             "data": self._corpus and _describe(self._corpus),
             "pretrain_data": self._pretraining and _describe(self._pretraining),
-            "models": None if options.models is None else str(options.models),
+            "models": None if options.models is None else str(options.models.resolve()),
             "mesh": options.mesh,
         }
         path = options.results / suite.replace("-", "_") / options.preset
@@ -110,6 +110,10 @@ class Lab(Generic[Config]):
                 raise UserError(
                     f"--models: {job.base.name} is trained here; choose another --preset"
                 )
+            source = Path(checkpoint(job, self.options.models))
+            # A folder that is not there would be looked for on the hub.
+            if self.options.models and not source.is_dir():
+                raise UserError(f"--models {source.parent}: no folder {source.name} in it")
             text = self._pretraining and text_to_train_on(self._pretraining)
             dataset = Dataset(job, self._corpus, self.options.models)
             self._finetune = Finetune(job, dataset, self.options.models, self.mesh, text=text)
@@ -208,7 +212,10 @@ class Lab(Generic[Config]):
 def _mesh(shape: tuple[int, int, int]) -> Mesh | None:
     count, found = math.prod(shape), jax.devices()
     if min(shape) < 1 or count > len(found):
-        raise UserError(f"--mesh {shape}: must be positive, with a product of 1 ... {len(found)}")
+        raise UserError(
+            f"--mesh {' '.join(map(str, shape))}: must be positive, with a product of at most "
+            f"{len(found)}, the number of devices (JAX_NUM_CPU_DEVICES sets that of a CPU)"
+        )
     return make_mesh(*shape, devices=found[:count]) if count > 1 else None
 
 

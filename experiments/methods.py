@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -99,7 +99,7 @@ def only_finite(method: Method) -> Method:
 
 def momo_adam(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
     """MoMo-Adam that learns the loss to be reached: told that it is 0, it hardly ever brakes."""
-    return contrib.momo_adam(learning_rate, adapt_lower_bound=True)
+    return peers.keep_dtypes(contrib.momo_adam(learning_rate, adapt_lower_bound=True))
 
 
 def reduce_on_plateau(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -109,6 +109,11 @@ def reduce_on_plateau(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTr
     """
     plateau = contrib.reduce_on_plateau(factor=0.5, patience=2, accumulation_size=10)
     return optax.chain(adamw(learning_rate), plateau)
+
+
+def schedule_free(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """Schedule-free AdamW; some of its state would turn float32 beside bfloat16 parameters."""
+    return peers.keep_dtypes(contrib.schedule_free_adamw(learning_rate))
 
 
 def stable_adamw(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
@@ -167,20 +172,22 @@ def baselines(steps: int) -> dict[str, Method]:
         "reduce on plateau": reduce_on_plateau,
         "mechanize": lambda learning_rate: contrib.mechanize(adamw(learning_rate)),
         **{name: at_one(make) for name, make in RATE_FREE.items()},
-        "schedule-free AdamW": contrib.schedule_free_adamw,
+        "schedule-free AdamW": schedule_free,
         "MoMo-Adam": momo_adam,
         GUARD: guard,
     }
 
 
-def chosen(names: Sequence[str], default: Sequence[str], steps: int) -> dict[str, Method]:
+def chosen(
+    names: Sequence[str], default: Sequence[str], known: Mapping[str, Method]
+) -> dict[str, Method]:
     """What a suite compares.
 
     Args:
-      names: What the user asks for: some of `baselines`, or `all` for every one; empty for the
-        suite's own choice.
+      names: What the user asks for: some of `known`, or `all` for every one; empty for the suite's
+        own choice.
       default: The suite's own choice.
-      steps: Length of the runs.
+      known: Name -> method, usually `baselines`.
 
     Returns:
       Name -> method.
@@ -188,12 +195,14 @@ def chosen(names: Sequence[str], default: Sequence[str], steps: int) -> dict[str
     Raises:
       UserError: If a name is not known.
     """
-    known = baselines(steps)
     if tuple(names) == ("all",):
-        return known
+        return dict(known)
     for name in names:
         if name not in known:
-            raise UserError(f"--methods {name!r}: unknown; choose from {', '.join(known)}, or all")
+            raise UserError(
+                f"--methods {name!r}: unknown; give all alone, or some of "
+                + ", ".join(map(repr, known))
+            )
     return {name: known[name] for name in names or default}
 
 

@@ -201,6 +201,26 @@ def stable_adamw(
     return optax.GradientTransformation(init_fn, update_fn)
 
 
+def keep_dtypes(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Gives a transformation's state the dtypes that it began with, as a scan needs.
+
+    Args:
+      inner: The transformation.
+
+    Returns:
+      The same, with every new state in the dtypes of the old one.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def update_fn(updates, state, params=None, **extra_args):
+        steps, new = inner.update(updates, state, params, **extra_args)
+        return steps, jax.tree.map(lambda x, y: jnp.asarray(x, jnp.result_type(y)), new, state)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
 def per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """Gives a transformation the arrays of each layer on their own.
 

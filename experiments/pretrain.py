@@ -28,9 +28,10 @@ from experiments.train import Metrics, Trainer
 
 
 def text_to_train_on(corpus: Corpus) -> Text:
-    """The documents that a corpus has for training, one after the other."""
+    """The documents that a corpus has for training, one after the other, each on a new line."""
     documents = corpus.documents(TRAIN)
-    return Text(documents.name, "".join(documents).encode())
+    text = "\n".join(document.removesuffix("\n") for document in documents)
+    return Text(documents.name, text.encode())
 
 
 def _library() -> Text:

@@ -14,6 +14,9 @@ from rich.console import Console
 
 from experiments.results import Results
 
+_WIDEST = 10_000
+"""Columns of the widest table; more than any has."""
+
 
 class Table(NamedTuple):
     """A table of a report.
@@ -126,11 +129,15 @@ def write_report(
 
 def _print(console: Console, table: Table) -> None:
     shown = rich.table.Table(title=table.title, title_justify="left")
-    for i, name in enumerate(table.heading):
-        shown.add_column(name, justify="right", no_wrap=i == 0)  # A name cut short is none.
+    for name, *cells in zip(table.heading, *table.rows, strict=True):
+        longest = max(len(word) for text in (name, *cells) for word in [*text.split(), ""])
+        shown.add_column(name, justify="right", min_width=longest)
     for row in table.rows:
         shown.add_row(*row)
-    console.print(shown)
+    # Lines break between words; a number or a name cut short is none.
+    found = console.measure(shown, options=console.options.update(max_width=_WIDEST))
+    width = max(console.width, found.minimum) if console.is_terminal else found.maximum
+    Console(file=console.file, width=width).print(shown)
 
 
 def _markdown(table: Table) -> str:

@@ -15,6 +15,7 @@ Files are replaced in one move, so that a reader never sees half of one; `metric
 from __future__ import annotations
 
 import collections
+import contextlib
 import csv
 import io
 import json
@@ -22,7 +23,7 @@ import math
 import os
 import shutil
 import urllib.parse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +42,29 @@ class Results:
     Args:
       folder: The folder; made if it is missing.
       config: All that the numbers depend on, as JSON types.
-      fresh: Whether to start over, dropping what the folder holds of an earlier job.
+      fresh: Whether to start over, dropping what the folder holds of an earlier job at the first
+        write.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], *, fresh: bool):
         self.folder = folder
-        try:
+        self._config = config
+        self._stale = fresh
+        """Whether the folder holds what the first write will drop: a job that fails before it
+        measured anything takes nothing away."""
+        with self._writable():
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = claim(folder)
-            if fresh:
-                self._clear()
-            self._adopt(config)
-        except OSError as error:
-            raise UserError(f"cannot write results to {folder}: {error.strerror}") from error
+            if not fresh:
+                self._adopt()
         self.runs: dict[str, dict[str, Any]] = self._read_json(_RUNS, {})
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write results to {self.folder}: {error.strerror}") from error
 
     def of_another(self, what: str) -> UserError:
         """The error for a folder whose results are of something else."""
@@ -69,6 +79,7 @@ class Results:
 
     def checkpoint_folder(self, run: str) -> Path:
         """Where an unfinished run keeps its state."""
+        self._begin()
         return self.folder / _CHECKPOINTS / urllib.parse.quote(run, safe=" ")
 
     def start(self, run: str, step: int) -> list[dict[str, Any]]:
@@ -121,6 +132,7 @@ class Results:
 
     def write(self, name: str, content: str | bytes) -> None:
         """Replaces a file of the folder in one move."""
+        self._begin()
         replace_file(self.folder / name, content)
 
     def write_csv(self, name: str, rows: list[dict[str, Any]]) -> None:
@@ -132,8 +144,16 @@ class Results:
         writer.writerows(rows)
         self.write(name, buffer.getvalue())
 
-    def _adopt(self, config: dict[str, Any]) -> None:
-        config = json.loads(json.dumps(config))  # As it will be read back: tuples become lists.
+    def _begin(self) -> None:
+        """Drops what an earlier job left, if the user said so."""
+        if self._stale:
+            with self._writable():
+                self._clear()
+                self._stale = False
+                self._adopt()
+
+    def _adopt(self) -> None:
+        config = json.loads(json.dumps(self._config))  # As it will be read back: tuples as lists.
         found = self._read_json(_CONFIG, {})
         differing = sorted(k for k in config.keys() | found.keys() if config.get(k) != found.get(k))
         # A job that failed before it measured anything leaves its settings and nothing else.
@@ -150,7 +170,7 @@ class Results:
 
     def _read_json(self, name: str, default: Any) -> Any:
         path = self.folder / name
-        if not path.exists():
+        if self._stale or not path.exists():
             return default
         return self._parse(name, path.read_text())
 
@@ -169,7 +189,9 @@ class Results:
     def _lines(self, name: str) -> list[str]:
         """The lines of a file; the last is empty, or one that a killed job did not finish."""
         path = self.folder / name
-        return path.read_text().split("\n") if path.exists() else [""]
+        if self._stale or not path.exists():
+            return [""]
+        return path.read_text().split("\n")
 
     def _filter(self, name: str, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
         *lines, torn = self._lines(name)
@@ -180,6 +202,7 @@ class Results:
         return kept
 
     def _append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        self._begin()
         with (self.folder / name).open("a") as file:
             file.write("".join(map(_json_line, rows)))
 

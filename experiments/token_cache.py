@@ -3,13 +3,14 @@
 A folder per content and tokenizer, in the cache folder:
 
 - `tokens.bin`: the token ids of all documents, one after the other.
-- `starts.npy`: where each document starts.
+- `bounds.npy`: where each document starts, and where the last ends.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from experiments.corpus import Documents
 from experiments.errors import UserError
 from experiments.tokenization import Tokenizer
 
-_TOKENS, _STARTS = "tokens.bin", "starts.npy"
+_TOKENS, _BOUNDS = "tokens.bin", "bounds.npy"
 
 _BATCH_CHARACTERS = 2**20
 """Text that the tokenizer gets at once: enough for all cores, little memory."""
@@ -54,14 +55,24 @@ def tokenized(documents: Documents, tokenizer: Tokenizer) -> TokenStream:
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     key = f"{documents.digest.sha256} {tokenizer.identity}"
     folder = cache_folder() / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if not folder.exists():
+    if not _is_whole(folder, dtype):
         try:
+            shutil.rmtree(folder, ignore_errors=True)
             _write(documents, tokenizer, dtype, folder)
         except OSError as error:
             raise UserError(
                 f"cannot write tokens to {folder}: {error.strerror or error}"
             ) from error
-    return TokenStream(np.memmap(folder / _TOKENS, dtype, "r"), np.load(folder / _STARTS))
+    return TokenStream(np.memmap(folder / _TOKENS, dtype, "r"), np.load(folder / _BOUNDS)[:-1])
+
+
+def _is_whole(folder: Path, dtype: type) -> bool:
+    """Whether a cache is there and has all of its tokens: a full disk or a copy may cut it."""
+    try:
+        end = np.load(folder / _BOUNDS)[-1]
+        return (folder / _TOKENS).stat().st_size == end * np.dtype(dtype).itemsize
+    except (OSError, ValueError, EOFError):
+        return False
 
 
 def _write(documents: Documents, tokenizer: Tokenizer, dtype: type, folder: Path) -> None:
@@ -86,7 +97,7 @@ def _write(documents: Documents, tokenizer: Tokenizer, dtype: type, folder: Path
                     np.concatenate([[tokenizer.separator], ids]).astype(dtype).tofile(file)
                     lengths.append(len(ids) + 1)
                 progress.update(sum(map(len, texts)))
-        np.save(made / _STARTS, np.cumsum([0, *lengths[:-1]]))
+        np.save(made / _BOUNDS, np.cumsum([0, *lengths]))
         try:
             os.replace(made, folder)
         except OSError:

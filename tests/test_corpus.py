@@ -1,6 +1,7 @@
 """Documents and splits of a corpus, from every kind of file and from the hub."""
 
 import json
+import os
 
 import datasets
 import pytest
@@ -41,6 +42,11 @@ def test_wikitext_is_divided_at_the_headings_of_its_articles(tmp_path):
     assert " = = Section = = " in first
     assert second == " = Second article = \n \n Its text . \n"
     assert " \n" + first + second == WIKITEXT
+
+
+def test_headings_may_end_as_on_windows(tmp_path):
+    (tmp_path / "train.txt").write_bytes(WIKITEXT.replace("\n", "\r\n").encode())
+    assert len(documents(tmp_path)) == 2
 
 
 def test_separator_lines_divide_and_are_dropped(tmp_path):
@@ -133,7 +139,7 @@ def test_digest_tells_where_documents_end(texts):
         ("train.txt", b"hello \xff", "not UTF-8 text"),
         ("train.txt", b" \n", "train: there is no text in it"),
         ("test.txt", b"hello", "no train split, only test"),
-        ("notes", b"\xff", "there is no text in it"),
+        ("notes", b"\xff", "none of its 1 files is UTF-8 text"),
         ("train.csv", b"a,b", "train.csv: a split by its name, but its type is none of .txt"),
     ],
 )
@@ -142,6 +148,21 @@ def test_unusable_files_are_named(tmp_path, file, content, message):
     with pytest.raises(UserError, match=message) as caught:
         print(read_corpus(tmp_path).documents(TRAIN).digest)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_what_would_be_misread_is_refused(tmp_path):
+    inner = tmp_path / "wiki"
+    inner.mkdir()
+    for split in ("train", "test"):
+        (inner / f"{split}.txt").write_text("text\n" * 100)
+    with pytest.raises(UserError, match="wiki in it has splits; give that folder"):
+        read_corpus(tmp_path)
+    (tmp_path / "table.csv").write_text("a,b\n" * 100)
+    with pytest.raises(UserError, match=r"give text, \.parquet or \.jsonl, not \.csv"):
+        read_corpus(tmp_path / "table.csv")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="neither a file nor a folder"):
+        read_corpus(tmp_path / "pipe")
 
 
 def test_missing_data_is_named(tmp_path):

@@ -202,6 +202,17 @@ def test_settings_of_a_job_that_measured_nothing_are_replaced(tmp_path):
         Results(tmp_path, {"models": "other"}, fresh=False)
 
 
+def test_starting_over_drops_nothing_before_there_is_something_new(tmp_path):
+    Results(tmp_path, {"seed": 0}, fresh=False).finish("a", {"heldout_loss": 1.0})
+    started = Results(tmp_path, {"seed": 1}, fresh=True)
+    assert started.runs == {}
+    assert started.metrics("a") == []
+    del started  # It failed, and held the folder's lock.
+    assert Results(tmp_path, {"seed": 0}, fresh=False).runs.keys() == {"a"}
+    Results(tmp_path, {"seed": 1}, fresh=True).finish("b", {"heldout_loss": 2.0})
+    assert Results(tmp_path, {"seed": 1}, fresh=False).runs.keys() == {"b"}
+
+
 def test_a_kill_while_clearing_leaves_nothing_to_another_job(tmp_path, monkeypatch):
     Results(tmp_path, {"seed": 0}, fresh=False).finish("a", {"heldout_loss": 1.0})
     removed = []
@@ -213,7 +224,7 @@ def test_a_kill_while_clearing_leaves_nothing_to_another_job(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr("pathlib.Path.unlink", unlink)
         with pytest.raises(KeyboardInterrupt):
-            Results(tmp_path, {"seed": 1}, fresh=True)
+            Results(tmp_path, {"seed": 1}, fresh=True).finish("b", {"heldout_loss": 2.0})
     assert removed
     with pytest.raises(UserError, match="different seed"):
         Results(tmp_path, {"seed": 1}, fresh=False)

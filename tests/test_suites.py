@@ -271,12 +271,12 @@ def test_one_sequence_and_dropout_on_two_devices(cache, tmp_path, monkeypatch):
 
 def test_a_mesh_without_devices_is_one_line(tmp_path, capsys):
     assert main(["lr-stress", "--results", str(tmp_path), "--mesh", "3", "3", "1"]) == 2
-    assert "--mesh (3, 3, 1): must be positive, with a product of" in capsys.readouterr().err
+    assert "--mesh 3 3 1: must be positive, with a product of" in capsys.readouterr().err
 
 
 def test_unknown_method_is_one_line(tmp_path, capsys):
     assert main(["lr-stress", "--results", str(tmp_path), "--methods", "SGD"]) == 2
-    assert "--methods 'SGD': unknown; choose from AdamW" in capsys.readouterr().err
+    assert "--methods 'SGD': unknown; give all alone, or some of 'AdamW'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", TINY, ids=lambda m: m.__name__.rsplit(".")[-1])

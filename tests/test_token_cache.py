@@ -61,6 +61,15 @@ def test_tokenises_once_per_content_and_tokenizer(cache):
     assert len(list(cache.iterdir())) == 3
 
 
+@pytest.mark.parametrize("file", ["tokens.bin", "bounds.npy"])
+def test_a_cache_that_was_cut_is_made_again(cache, file):
+    whole = tokenized(from_list(["one", "two"]), ByteTokenizer()).tokens.tolist()
+    (folder,) = cache.iterdir()
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(content[: len(content) // 2])
+    assert tokenized(from_list(["one", "two"]), ByteTokenizer()).tokens.tolist() == whole
+
+
 def test_interruption_leaves_nothing_behind(cache, monkeypatch):
     monkeypatch.setattr(token_cache, "_BATCH_CHARACTERS", 1)
     with pytest.raises(KeyboardInterrupt):

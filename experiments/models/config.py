@@ -49,6 +49,8 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         """Checks the two divisibility conditions that the layers rely on."""
+        if min(self.num_attention_heads, self.num_key_value_heads) < 1:
+            raise ValueError("num_attention_heads and num_key_value_heads must be at least 1")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -75,6 +77,8 @@ class DecoderConfig:
             raise UserError("config.json: is no mapping")
         family = config.get("model_type")
         rope = config.get("rope_parameters") or config
+        if not isinstance(rope, dict):
+            raise UserError(f"config.json: rope_parameters={rope!r}: must be a mapping")
         if family not in ("qwen2", "llama"):
             raise UserError(f"config.json: model_type={family!r}: must be 'qwen2' or 'llama'")
         fixed = _FIXED | ({"attention_bias": False} if family == "llama" else {})

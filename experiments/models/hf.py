@@ -133,7 +133,10 @@ def _weights(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
         raise UserError(f"{folder}: has neither {WEIGHTS} nor {INDEX}")
-    parts = set(_read_json(folder / INDEX)["weight_map"].values())
+    with reading(folder / INDEX, "not an index of weights"):
+        parts = set(_read_json(folder / INDEX)["weight_map"].values())
+    if not parts:
+        raise UserError(f"{folder / INDEX}: lists no weights")
     missing = sorted(part for part in parts if not (folder / part).is_file())
     if missing:
         raise UserError(f"{folder}: lacks {', '.join(missing)}, which {INDEX} lists")

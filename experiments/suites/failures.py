@@ -10,7 +10,7 @@ from experiments import jobs
 from experiments.faults import Fault, drills
 from experiments.finetune import Run
 from experiments.jobs import Job
-from experiments.lab import Arguments, Lab, Record, perplexities, perplexity
+from experiments.lab import Arguments, Lab, Methods, Record, perplexities, perplexity
 from experiments.methods import (
     ADAMW,
     GUARD,
@@ -21,6 +21,7 @@ from experiments.methods import (
     adamw,
     at_one,
     baselines,
+    chosen,
     only_finite,
 )
 from experiments.report import Table, number
@@ -92,14 +93,18 @@ PRESETS = {
 """Name -> settings."""
 
 
-def failures(options: Arguments) -> None:
+def failures(options: Arguments, methods: Methods = ()) -> None:
     """Lets training fail in eight ways, and counts the compute that was for nothing.
 
     Args:
       options: What every suite asks.
+      methods: What is compared.
     """
     lab = Lab("failures", options, PRESETS)
     config = lab.config
+    peers = dict(baselines(config.job.steps))
+    guard = peers.pop(GUARD)
+    compared = chosen(methods, config.methods, {**peers, **IF_FINITE, GUARD: guard})
     zero_step = lab.zero_step(config.job)
     faults: dict[str, Fault | None] = {**drills(config.job.steps), "none": None}
     records: dict[str, dict[str, list[Record]]] = {}
@@ -112,10 +117,9 @@ def failures(options: Arguments) -> None:
                 job.rate(scenario.multiple),
                 fault=faults[scenario.fault],
             )
-            for method in config.methods
+            for method in compared
         }
-        known = {**baselines(job.steps), **IF_FINITE}
-        records[name] = lab.measure(job, runs, known)
+        records[name] = lab.measure(job, runs, compared)
     lab.publish(
         "Failures",
         f"What becomes of a fine-tune of {config.job.base.name} when something goes wrong, and how "
@@ -123,13 +127,13 @@ def failures(options: Arguments) -> None:
         [
             Table(
                 f"Held-out perplexity (zero-step {number(zero_step)})",
-                ["what goes wrong", *config.methods],
+                ["what goes wrong", *compared],
                 [
                     [name, *(perplexities(found) for found in cells.values())]
                     for name, cells in records.items()
                 ],
             ),
-            _productive_table(records, zero_step),
+            *([_productive_table(records, zero_step)] if ADAMW in compared else []),
         ],
         {},
     )

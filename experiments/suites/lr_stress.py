@@ -23,11 +23,11 @@ from experiments.lab import (
     perplexities,
     perplexity,
 )
-from experiments.methods import ADAMW, GUARD, RATE_FREE, chosen
+from experiments.methods import ADAMW, GUARD, RATE_FREE, baselines, chosen
 from experiments.report import Table, guard_table, number, with_spread
 
 PLOTTED_MULTIPLE = 100
-"""Learning rate of the two runs that are drawn over time, in units of the reference."""
+"""Largest learning rate of the two runs that are drawn over time, in units of the reference."""
 
 METHODS = (ADAMW, "AdamW + clip", GUARD)
 """What is compared by default."""
@@ -64,7 +64,7 @@ PRESETS = {
 
 
 def lr_stress(options: Arguments, methods: Methods = ()) -> None:
-    """Fine-tunes at 1x to 300x the best learning rate, with and without guard.
+    """Fine-tunes at the reference learning rate and far above it, with and without guard.
 
     Run the same command again to resume an interrupted job, or to see the results of a finished
     one.
@@ -94,7 +94,7 @@ def sweep_rates(
     """
     lab = Lab(suite, options, presets)
     job, multiples = lab.config.job, lab.config.multiples
-    compared = chosen(methods, lab.config.methods, job.steps)
+    compared = chosen(methods, lab.config.methods, baselines(job.steps))
     runs = at_rates(job, compared, multiples)
     zero_step = lab.zero_step(job)
     records = lab.measure(job, runs, compared)
@@ -114,14 +114,13 @@ def sweep_rates(
     best = min(ppl for _, ppl in means[ADAMW]) if ADAMW in compared else None
     heading = f"{job.base.name} on {options.data or job.corpus}"
     pictures = {"perplexity.png": plots.lr_curves(means, zero_step, best, heading)}
-    if {ADAMW, GUARD} <= compared.keys() and PLOTTED_MULTIPLE in multiples:
-        stressed = {
-            method: lab.names(runs[method, PLOTTED_MULTIPLE])[0] for method in (ADAMW, GUARD)
-        }
+    if {ADAMW, GUARD} <= compared.keys():
+        drawn = max(m for m in multiples if m <= PLOTTED_MULTIPLE)
+        stressed = {method: lab.names(runs[method, drawn])[0] for method in (ADAMW, GUARD)}
         pictures["stressed_run.png"] = plots.stressed_run(
             *((method, lab.folder.metrics(name)) for method, name in stressed.items()),
             math.log(zero_step),
-            f"Learning rate {PLOTTED_MULTIPLE}x the reference ({job.rate(PLOTTED_MULTIPLE):g})",
+            f"Learning rate {drawn:g}x the reference ({job.rate(drawn):g})",
         )
     lab.publish(
         title,
@@ -150,7 +149,7 @@ def sensitivity(curve: Sequence[tuple[float, float]], zero_step: float) -> float
     """
     worst = math.log(zero_step)
     losses = [min(math.log(ppl), worst) if math.isfinite(ppl) else worst for _, ppl in curve]
-    return sum(losses) / len(losses) - min(losses)
+    return max(sum(losses) / len(losses) - min(losses), 0.0)
 
 
 Curves = Mapping[str, Sequence[tuple[float, Sequence[Record]]]]

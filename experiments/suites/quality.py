@@ -48,6 +48,8 @@ def quality(
       results: Folder for the results; the job writes to quality/PRESET in it.
       fresh: Start over, dropping the results of an earlier job in that folder.
     """
+    if not sections:
+        raise UserError("--sections: name one or more")
     for name in sections:
         if name not in SECTIONS:
             raise UserError(f"--sections {name}: unknown; choose from {', '.join(SECTIONS)}")

@@ -8,7 +8,7 @@ from experiments import jobs
 from experiments.errors import preset_of
 from experiments.jobs import Job
 from experiments.lab import Arguments, Lab, Methods, at_rates, perplexities
-from experiments.methods import ADAMW, GUARD, USUAL, chosen
+from experiments.methods import ADAMW, GUARD, USUAL, baselines, chosen
 from experiments.report import Table, number
 
 PAPER_PERPLEXITIES = ("12.68 ± 0.14", "9.69 ± 0.06")
@@ -47,7 +47,7 @@ def seeds(options: Arguments, methods: Methods = ()) -> None:
     several = options.seeds or preset_of(PRESETS, options.preset).seeds
     lab = Lab("seeds", dataclasses.replace(options, seeds=several), PRESETS)
     config, job = lab.config, lab.config.job
-    compared = chosen(methods, config.methods, job.steps)
+    compared = chosen(methods, config.methods, baselines(job.steps))
     runs = at_rates(job, compared, config.multiples)
     zero_step = lab.zero_step(job)
     records = lab.measure(job, runs, compared)
@@ -58,7 +58,7 @@ def seeds(options: Arguments, methods: Methods = ()) -> None:
     columns = [f"{multiple:g}x" for multiple in config.multiples]
     tables = [
         Table(
-            f"Held-out perplexity over {len(lab.seeds)} seeds (zero-step {number(zero_step)})",
+            f"Held-out perplexity, seeds: {len(lab.seeds)} (zero-step {number(zero_step)})",
             ["method", *columns],
             rows,
             "Mean ± standard deviation. A seed sets the adapters, the batches and nothing else.",

@@ -7,7 +7,7 @@ import dataclasses
 from experiments import jobs
 from experiments.jobs import Job
 from experiments.lab import Arguments, Lab, Methods, at_rates, perplexities
-from experiments.methods import ADAMW, GUARD, chosen
+from experiments.methods import ADAMW, GUARD, baselines, chosen
 from experiments.report import Table, guard_table, number
 
 
@@ -63,7 +63,7 @@ def sizes(options: Arguments, methods: Methods = ()) -> None:
     config = lab.config
     columns, guarded = {}, {}
     for size, job in config.sizes.items():
-        compared = chosen(methods, config.methods, job.steps)
+        compared = chosen(methods, config.methods, baselines(job.steps))
         runs = at_rates(job, compared, config.multiples, prefix=f"{size}, ")
         zero_step = lab.zero_step(job)
         records = lab.measure(job, runs, compared)

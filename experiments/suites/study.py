@@ -110,6 +110,8 @@ def study(
       results: Folder for the results; the job writes to study/PRESET in it.
       fresh: Start over, dropping the results of an earlier job in that folder.
     """
+    if not tasks:
+        raise UserError("--tasks: name one or more")
     for name in tasks:
         if name not in TASKS:
             raise UserError(f"--tasks {name}: unknown; choose from {', '.join(TASKS)}")
