@@ -252,7 +252,7 @@ def guard_telemetry(opt_state: Any) -> tuple[jax.Array, jax.Array] | None:
     state = optax.tree.get(opt_state, "GuardState")
     if state is None:
         return None
-    return state.controller.scale, state.regime
+    return state.controller.step_scale, state.regime
 
 
 def guard_record(opt_state: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:

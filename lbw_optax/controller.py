@@ -23,7 +23,7 @@ class Controller(NamedTuple):
     """The policy's memory.
 
     Attributes:
-      scale: the scale in force, that of the last applied step, in [min_scale, 1].
+      step_scale: the scale in force, that of the last applied step, in [min_scale, 1].
       latch: scale that the envelope has imposed; it follows the envelope down at once.
       earned: factor on the latch that the measured overshoot has earned; below 1 it anneals.
       trust_radius: absolute step length that has proved safe; 0 before the first step.
@@ -36,7 +36,7 @@ class Controller(NamedTuple):
         at zero.
     """
 
-    scale: jax.Array  # shape=(), dtype=float32
+    step_scale: jax.Array  # shape=(), dtype=float32
     latch: jax.Array  # shape=(), dtype=float32
     earned: jax.Array  # shape=(), dtype=float32
     trust_radius: jax.Array  # shape=(), dtype=float32
@@ -50,7 +50,7 @@ class Controller(NamedTuple):
 
 def init_controller(params: Any, axis_name: Any, law: Law) -> Controller:
     """Returns the controller of a run that has not begun; its very first steps are not excused."""
-    start = {"scale": 1, "latch": 1, "earned": 1}
+    start = {"step_scale": 1, "latch": 1, "earned": 1}
     start |= {"too_long": law.brief_steps, "allowance": _allowance(params, axis_name, law)}
     whole = ("rejections", "nonfinites", "too_long")
     return Controller(

@@ -176,7 +176,7 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
             axis_name=axis_name,
         )
         moved = state.controller.last_length > 0
-        last_scale = state.controller.scale
+        last_scale = state.controller.step_scale
         signals = statistics.compare(state.statistics, telemetry, last_scale, has_loss, law)
 
         # Interpret.

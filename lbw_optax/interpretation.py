@@ -124,7 +124,8 @@ def diagnose(
     found = [flag for _, flag, _ in table]
     alarm = jnp.select(found, [jnp.int32(c) for c, _, _ in table], jnp.int32(Cause.NONE))
     size = jnp.select(found, [jnp.asarray(x, jnp.float32) for _, _, x in table], pressure)
-    bounce = s.overshoot - s.overshoot_error > law.stress_noise * noise
+    # A healthy run overshoots as well, where some directions are done; it gains in the others.
+    bounce = (s.overshoot - s.overshoot_error > law.stress_noise * noise) & ~s.gaining
     # One hard batch makes one long step: only a far too long one is suspected at once.
     long = pressure > law.stress_pressure
     pressed = (pressure > law.brief_pressure) | (long & (too_long >= law.brief_steps))

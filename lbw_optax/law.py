@@ -36,6 +36,7 @@ _THRESHOLDS = (
     "relative_step_start",
     "stress_noise",
     "backtrack_noise",
+    "gain_noise",
     "jump_noise",
     "jump_overshoot",
     "collapse_ratio",
@@ -84,6 +85,10 @@ class Law:
     """Decay of the mean loss (about the last 10 steps)."""
     trend_decay: float = 0.98
     """Decay of a second, slower mean; the distance of the two is the progress."""
+    gain_noise: float = 0.35
+    """Distance of the two means of the loss, in its standard deviations, that is certain progress:
+    twice the standard error of that distance. Without it a contrastive model with warmup and cosine
+    at its best learning rate was annealed while its loss still fell: .178 instead of .039."""
     noise_decay: float = 0.98
     """Decay of the variance of the loss around that mean (about the last 50 steps)."""
     noise_clip: float = 3.0

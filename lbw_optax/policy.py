@@ -103,11 +103,11 @@ def decide(
     keep = jnp.where(harm, jnp.clip(jnp.sqrt(bearable), law.cut_limit, law.cut), law.cut)
     lowest = jnp.float32(limits.min_scale)
     # A non-finite value may be the batch's fault: it shortens the last step and not the next ones.
-    cut = jnp.where(harm, jnp.maximum(c.scale * keep, lowest), c.scale)
+    cut = jnp.where(harm, jnp.maximum(c.step_scale * keep, lowest), c.step_scale)
     latch = jnp.where(harm, jnp.minimum(latch, cut), latch)
     earned = jnp.where(harm, jnp.minimum(earned, 1), earned)
     latch = jnp.where(exhausted, lowest, latch)
-    scale = jnp.minimum(latch * earned, law.rise_limit * c.scale)
+    scale = jnp.minimum(latch * earned, law.rise_limit * c.step_scale)
     scale = jnp.where(exhausted, lowest, jnp.clip(scale, lowest, 1))
     factor = jnp.minimum(scale, jnp.where(t.step_norm > 0, bounds.hard / t.step_norm, jnp.inf))
     limited = factor < scale
@@ -118,11 +118,11 @@ def decide(
     action, cause = _name(verdict, diagnosis.alarm, regime, factor, limited, earned)
 
     moved = taken & ~diagnosis.empty
-    bound = (regime == Regime.STRESS) & (c.scale < 1)
+    bound = (regime == Regime.STRESS) & (c.step_scale < 1)
     radius = next_trust_radius(c, t, bounds, bound, harm, law)
     learned = (undone & harm) | (moved & ~nonfinite)
     next_controller = Controller(
-        scale=jnp.select([undone, moved | exhausted], [cut, scale], c.scale),
+        step_scale=jnp.select([undone, moved | exhausted], [cut, scale], c.step_scale),
         latch=jnp.where(learned | exhausted, latch, c.latch),
         earned=jnp.where(learned, earned, c.earned),
         trust_radius=jnp.where(learned, radius, c.trust_radius),
@@ -140,7 +140,7 @@ def decide(
     command = Command(
         action=action,
         cause=cause,
-        scale=next_controller.scale,
+        scale=next_controller.step_scale,
         factor=jnp.where(undone, keep, factor),
     )
     return command, next_controller
@@ -234,9 +234,9 @@ def _regulate(
     c, t, s = controller, telemetry, signals
     room = law.share * bounds.healthy / jnp.where(t.step_norm > 0, t.step_norm, bounds.healthy)
     latch = jnp.minimum(jnp.clip(c.latch, law.slack * room, room), 1)
-    straight = -s.overshoot * c.scale > law.earn_straight * s.slope
+    straight = -s.overshoot * c.step_scale > law.earn_straight * s.slope
     too_short = straight & (s.overshoot + 2 * s.overshoot_error < 0)
-    too_long = (s.overshoot - s.overshoot_error) * c.scale**2 > s.bearable
+    too_long = (s.overshoot - s.overshoot_error) * c.step_scale**2 > s.bearable
     rate = jnp.where(too_short, law.growth, jnp.where(too_long, 1 / law.growth, 1))
     # No step under stress is longer than is healthy, whatever has been earned.
     most = jnp.minimum(law.earned_most, room / (law.share * jnp.where(latch > 0, latch, 1)))

@@ -149,7 +149,7 @@ def report(opt_state: Any) -> Report:
     """
     s = _find(opt_state)
     log, regime, scale, has_loss, has_params = jax.device_get(
-        (s.ledger, s.regime, s.controller.scale, s.has_loss, s.has_params)
+        (s.ledger, s.regime, s.controller.step_scale, s.has_loss, s.has_params)
     )
     sensors_off = ()
     if log.steps > 0:

@@ -84,6 +84,7 @@ class Signals(NamedTuple):
       innovation: loss minus its mean; 0 without the loss.
       reach: how much longer steps may be because they do not add up as AdamW's do; at least 1.
       bearable: mean overshoot per step that the progress is worth.
+      gaining: whether the loss has fallen for certain in the last 50 steps.
       slope: mean of |<g_t, u_t>|.
       spike: gradient norm in units of what counts as a spike.
       spike_allowed: what the spikes of the run so far let pass, in the same units.
@@ -96,6 +97,7 @@ class Signals(NamedTuple):
     innovation: jax.Array  # shape=(), dtype=float32
     reach: jax.Array  # shape=(), dtype=float32
     bearable: jax.Array  # shape=(), dtype=float32
+    gaining: jax.Array  # shape=(), dtype=bool
     slope: jax.Array  # shape=(), dtype=float32
     spike: jax.Array  # shape=(), dtype=float32
     spike_allowed: jax.Array  # shape=(), dtype=float32
@@ -131,6 +133,7 @@ def compare(
         # The distance of two means of different age over the difference of their ages.
         lag = s.index_mean - s.index_trend
         progress = (s.loss_trend - s.loss_mean) / jnp.where(lag > 0, lag, jnp.inf)
+        gaining = s.loss_trend - s.loss_mean > law.gain_noise * noise
         bearable = jnp.clip(
             law.horizon * progress, law.bearable_least * noise, law.bearable_most * noise
         )
@@ -138,6 +141,7 @@ def compare(
         noise = law.blind_noise * last_scale * slope
         innovation = jnp.zeros([], jnp.float32)
         bearable = law.bearable_most * noise
+        gaining = jnp.zeros([], bool)
     ratio = t.gradient_norm / jnp.where(s.gradient_mean > 0, s.gradient_mean, jnp.inf)
     warmup = jnp.maximum(law.gradient_warmup / jnp.maximum(n, 1).astype(jnp.float32), 1)
     overshoot = _debias(s.overshoot_mean, law.overshoot_decay, s.overshoots)
@@ -151,6 +155,7 @@ def compare(
         innovation=innovation,
         reach=reach,
         bearable=bearable * reach**2,
+        gaining=gaining,
         slope=slope,
         spike=ratio / (law.spike_ratio * warmup),
         spike_allowed=jnp.exp(s.spike_tolerance),

@@ -228,6 +228,25 @@ def test_inner_receives_the_loss_and_all_extra_arguments():
     assert seen == {"value": 1.5, "epoch": 3}
 
 
+def fields_of_optax():
+    """Names of the fields of every state that Optax has."""
+    modules = [optax, optax.contrib]
+    states = [c for m in modules for n, c in vars(m).items() if n.endswith("State")]
+    return {name for state in states for name in getattr(state, "_fields", ())}
+
+
+def test_no_field_has_a_name_of_optax():
+    def names(state):
+        if not hasattr(state, "_fields"):
+            return set()
+        return set(state._fields).union(*map(names, state))
+
+    theirs = fields_of_optax()
+    assert {"count", "mu", "nu", "scale"} <= theirs
+    # Optax's own wrappers share the name of what they wrap.
+    assert names(guard(optax.identity()).init(params())) & theirs == {"inner_state"}
+
+
 @every_inner
 def test_optax_tree_finds_and_changes_what_it_finds_without_a_guard(name):
     p = params()
@@ -237,7 +256,7 @@ def test_optax_tree_finds_and_changes_what_it_finds_without_a_guard(name):
             optax.tree.get_all_with_path(plain, key)
         ), key
     assert optax.tree.get(state, "GuardState") is not None
-    changed = optax.tree.set(state, scale=jnp.float32(0.5))
+    changed = optax.tree.set(state, step_scale=jnp.float32(0.5))
     assert report(changed).scale == 0.5
     doubled = optax.tree.map_params(guarded(name), lambda x: x + 1, state)
     assert types(doubled) == types(state)
@@ -368,7 +387,7 @@ def test_same_decisions_inside_shard_map(name):
 
     def local(p, data):
         trail, _, states = feed(tx, p, data)
-        return at(trail, -1), find(states).ledger.action_counts, find(states).controller.scale
+        return at(trail, -1), find(states).ledger.action_counts, find(states).controller.step_scale
 
     lead = jax.tree.map(lambda spec: jax.P(None, *spec), SPECS)
     mapped = jax.shard_map(
@@ -382,7 +401,7 @@ def test_same_decisions_inside_shard_map(name):
     history = run(name, stream())
     for i, (_, state) in enumerate(history):
         assert np.array_equal(counts[i], find(state).ledger.action_counts)
-        np.testing.assert_allclose(scale[i], find(state).controller.scale, rtol=1e-4)
+        np.testing.assert_allclose(scale[i], find(state).controller.step_scale, rtol=1e-4)
     assert_close(p, history[-2][0])
 
 

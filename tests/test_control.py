@@ -393,7 +393,7 @@ def test_bad_batches_teach_the_controller_nothing():
     _, _, states = run(guard(optax.adam(1.0)), START, stream)
     before, after = (find(at(states, i)).controller for i in (FAULT - 1, FAULT + 1))
     assert before.latch < 1
-    for name in ("scale", "latch", "earned", "trust_radius"):
+    for name in ("step_scale", "latch", "earned", "trust_radius"):
         assert getattr(before, name) == getattr(after, name), name
 
 
@@ -437,8 +437,10 @@ def test_parameters_that_are_not_finite_leave_no_trace_in_the_scale(bad):
         shown = broken if i == 1 else params
         _, state = tx.update(grads, state, shown, value=1.0)
         _, expected = tx.update(grads, expected, params, value=1.0)
-        assert 0 < float(state.controller.scale) < 1
-    assert float(state.controller.scale) == pytest.approx(float(expected.controller.scale), 0.2)
+        assert 0 < float(state.controller.step_scale) < 1
+    assert float(state.controller.step_scale) == pytest.approx(
+        float(expected.controller.step_scale), 0.2
+    )
 
 
 def test_accumulated_micro_batches_neither_act_nor_wait():

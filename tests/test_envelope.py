@@ -33,7 +33,9 @@ def healthy_length(before, params, update):
     """The healthy length that a step was judged by, from the state before it."""
     sizes = {"parameter_norm": params, "step_norm": update}
     shown = telemetry(size=32 * 32, **jax.tree.map(jnp.linalg.norm, sizes))
-    signals = statistics.compare(before.statistics, shown, before.controller.scale, True, Law())
+    signals = statistics.compare(
+        before.statistics, shown, before.controller.step_scale, True, Law()
+    )
     found = bounds(before.controller, shown, before.statistics.observations, signals.reach)
     return found.healthy
 

@@ -22,7 +22,9 @@ QUIET = {
 
 
 def signals(**known):
-    unknown = dict.fromkeys(Signals._fields, jnp.float32(0)) | {"faded": jnp.bool_(False)}
+    unknown = dict.fromkeys(Signals._fields, jnp.float32(0)) | dict.fromkeys(
+        ("faded", "gaining"), jnp.bool_(False)
+    )
     return Signals(**unknown | {name: jnp.asarray(x) for name, x in (QUIET | known).items()})
 
 
@@ -94,6 +96,11 @@ def test_suspicion_and_calm():
     found = diagnose(observed(), mean, jnp.float32(0.1), jnp.int32(0), True, LAW)
     assert found.suspicion
     assert not found.calm
+    # A run that gains may overshoot; what is too long stays too long.
+    mean = signals(overshoot=1.01 * LAW.stress_noise, gaining=True)
+    for pressure, suspected in ((0.1, False), (1.01 * LAW.brief_pressure, True)):
+        found = diagnose(observed(), mean, jnp.float32(pressure), jnp.int32(0), True, LAW)
+        assert found.suspicion == suspected
 
 
 @given(

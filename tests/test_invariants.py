@@ -128,7 +128,7 @@ def runner(tree, inner, memory):
 
 
 def scales(states):
-    return np.asarray(find(states).controller.scale, np.float64)
+    return np.asarray(find(states).controller.step_scale, np.float64)
 
 
 def rejections(taken):
@@ -333,7 +333,7 @@ def test_7_decisions_do_not_depend_on_the_scale_of_the_loss(power, inner, rate, 
     larger = {k: v * np.float32(2.0**power) for k, v in stream.items()}
     _, updates, states = run(larger)
     assert decisions(states) == decisions(expected)
-    assert bits(find(states).controller.scale) == bits(find(expected).controller.scale)
+    assert bits(find(states).controller.step_scale) == bits(find(expected).controller.step_scale)
     assert bits(updates) == bits(flat)
 
 

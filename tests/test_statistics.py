@@ -55,7 +55,7 @@ def test_8_level_shift_is_learned(memory, with_loss, gradient, loss):
         stream["value"] = value.astype(np.float32)
     state, taken = jax.device_get(long_runner(memory)(stream))
     assert set(taken[-LONG // 5 :]) == {Action.PASS}
-    assert float(state.controller.scale) == 1
+    assert float(state.controller.step_scale) == 1
     assert report(state).regime == "STABLE"
 
 
@@ -143,3 +143,19 @@ def test_spikes_in_a_row_are_one():
     taken = np.asarray(long_runner("step")({"grads": grads, "value": np.ones(LONG, np.float32)})[1])
     assert (taken[burst] == Action.HOLD).all()
     assert set(np.delete(taken, burst)) == {Action.PASS}
+
+
+@pytest.mark.parametrize(("fall", "share"), [(0.0, (0.0, 0.05)), (0.02, (0.7, 1.0))])
+def test_a_run_gains_where_its_loss_falls_for_certain(fall, share):
+    """Of noise alone about one step in forty looks like progress, as twice the error says."""
+    rng = np.random.default_rng(0)
+    losses = jnp.float32(100 + rng.standard_normal(5000) - fall * np.arange(5000))
+    one = jnp.float32(1)
+
+    def step(run, loss):
+        shown = telemetry(loss=loss)
+        signals = compare(run, shown, one, True, Law())
+        return observe(run, shown, signals, one, jnp.bool_(True), True, Law()), signals.gaining
+
+    gains = jax.lax.scan(step, init_statistics(), losses)[1][200:]
+    assert share[0] <= jnp.mean(gains) <= share[1]
