@@ -120,4 +120,6 @@ def next_trust_radius(
     wide_open = radius >= jnp.finfo(jnp.float32).max
     outgrown = (t.step_norm > 0) & (t.step_norm <= bounds.relative)
     closed = jnp.maximum(jnp.where(harm, c.last_length / law.trust_growth, t.step_norm), least)
-    return jnp.where(wide_open, jnp.where(harm | outgrown, closed, radius), learned)
+    new = jnp.where(wide_open, jnp.where(harm | outgrown, closed, radius), learned)
+    # Without the parameters nothing bounds a step, and nothing is learned of how long it may be.
+    return jnp.where(bounds.relative < jnp.finfo(jnp.float32).max, new, c.trust_radius)

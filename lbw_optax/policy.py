@@ -120,9 +120,11 @@ def decide(
     moved = taken & ~diagnosis.empty
     bound = (regime == Regime.STRESS) & (c.step_scale < 1)
     radius = next_trust_radius(c, t, bounds, bound, harm, law)
-    learned = (undone & harm) | (moved & ~nonfinite)
+    # What cannot be undone is blamed all the same, also where a micro-batch shows it.
+    blamed = harm & (undone | (not can_undo))
+    learned = blamed | (moved & ~nonfinite)
     next_controller = Controller(
-        step_scale=jnp.select([undone, moved | exhausted], [cut, scale], c.step_scale),
+        step_scale=jnp.select([undone, moved | exhausted, blamed], [cut, scale, cut], c.step_scale),
         latch=jnp.where(learned | exhausted, latch, c.latch),
         earned=jnp.where(learned, earned, c.earned),
         trust_radius=jnp.where(learned, radius, c.trust_radius),

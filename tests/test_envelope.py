@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import actions, at, exact_jit, feed, find, normal, telemetry, train
+from helpers import actions, at, exact_jit, feed, find, norm, normal, telemetry, train
 
 from lbw_optax import Action, Law, Regime, guard, statistics
 from lbw_optax.controller import Limits
@@ -112,3 +112,15 @@ def test_a_scalar_gets_there_about_as_fast_as_unguarded():
 
     inner = optax.sgd(1e-2, momentum=0.9)
     assert steps(guard(inner)) <= 1.25 * steps(inner)
+
+
+def test_a_step_without_the_parameters_teaches_no_length():
+    """It has no limit; what is allowed later must not follow from how long it was."""
+    tx = guard(optax.sgd(1.0))
+    state = tx.init(PARAMS)
+    grads = jax.tree.map(lambda x: 10 * x, PARAMS)
+    for value, params in ((1.0, None), (0.9, PARAMS)):
+        updates, state = tx.update(grads, state, params, value=value)
+        if params is None:
+            assert float(state.controller.trust_radius) == 0
+    assert norm(updates) < 0.1 * norm(PARAMS)

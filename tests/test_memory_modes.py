@@ -117,6 +117,24 @@ def test_non_finite_values_in_a_row_never_backtrack_without_the_step(memory):
         assert made == 4 * [Action.HOLD]
 
 
+@pytest.mark.parametrize("memory", ["sparse", "step"])
+@pytest.mark.parametrize("bad", [20, 21])
+def test_harm_that_a_micro_batch_shows_shortens_the_next_step(memory, bad):
+    """Also where there is no step in it, and nothing to undo the last one with."""
+    rng = np.random.default_rng(0)
+    data = {
+        "grads": np.float32(1 + 0.1 * rng.standard_normal((40, 8))),
+        "value": np.float32(1e-6 * (1 + 0.1 * rng.standard_normal(40))),
+    }
+    data["grads"][bad] *= -5
+    data["value"][bad] *= 1e4
+    inner = optax.MultiSteps(optax.adam(1e-4), 2).gradient_transformation()
+    states = feed(guard(inner, memory=memory), jnp.ones(8), data)[2]
+    scale = states.controller.step_scale
+    assert scale[bad - 1] == 1
+    assert max(scale[bad : bad + 3]) < 1
+
+
 @every_mode
 def test_report_says_which_mode_senses_no_overshoot(memory):
     state = run(memory, stream())[2]
