@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.data import HELDOUT_FRACTION, Text, is_utf8, walk
-from experiments.errors import UserError, reading
+from experiments.errors import UserError, first_line, reading
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
@@ -137,7 +137,7 @@ def wikitext(size: int) -> Corpus:
         splits = datasets.load_dataset("Salesforce/wikitext", f"wikitext-{size}-raw-v1")
     except (OSError, ValueError) as error:  # ValueError: offline, with another part in the cache.
         raise UserError(
-            f"{name} cannot be downloaded ({str(error).splitlines()[0]}): "
+            f"{name} cannot be downloaded ({first_line(error)}): "
             "connect to the hub once, or give a text of your own with --data or --pretrain-data"
         ) from error
 

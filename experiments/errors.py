@@ -22,8 +22,12 @@ def reading(file: str | Path, verdict: str = "cannot be read") -> Iterator[None]
     except UserError:
         raise
     except Exception as error:  # Each format has errors of its own.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{file}: {verdict} ({reason})") from error
+        raise UserError(f"{file}: {verdict} ({first_line(error)})") from error
+
+
+def first_line(error: Exception) -> str:
+    """What a library says of an error, without the details."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def preset_of(presets: Mapping[str, Value], name: str) -> Value:
