@@ -180,21 +180,32 @@ def read_corpus(path: Path) -> Corpus:
         return _corpus(
             str(path), {split: functools.partial(_read_files, files[split]) for split in files}
         )
+    files = _whole_files(path)
+    return _divided(str(path), Documents(str(path), functools.partial(_read_files, files)))
+
+
+def _whole_files(path: Path) -> list[Path]:
+    """The files of a text without splits."""
     if path.is_dir():
-        nested = [folder for folder in sorted(path.iterdir()) if folder.is_dir()]
-        if divided := next((folder for folder in nested if len(_split_files(folder)) > 1), None):
+        if divided := next(filter(_has_splits, sorted(path.iterdir())), None):
             raise UserError(f"{path}: {divided.name} in it has splits; give that folder")
         found = list(walk(path))
         files = [file for file in found if _is_readable(file)]
         if found and not files:
             raise UserError(f"{path}: none of its {len(found)} files is UTF-8 text")
-    elif not path.is_file():  # It is read more than once, which a pipe cannot be.
+        return files
+    if not path.is_file():  # It is read more than once, which a pipe cannot be.
         raise UserError(f"{path}: neither a file nor a folder")
-    elif _type(path) in _OTHER_FILES:
+    if _type(path) in _OTHER_FILES:
         raise UserError(f"{path}: give text, {' or '.join(_ROW_FILES)}, not {_type(path)}")
-    else:
-        files = [path]
-    return _divided(str(path), Documents(str(path), functools.partial(_read_files, files)))
+    return [path]
+
+
+def _has_splits(path: Path) -> bool:
+    """Whether a folder has files of data that are named after different splits."""
+    entries = path.iterdir() if path.is_dir() else ()
+    data = (file for file in entries if _type(file) in (*_TEXT_FILES, *_ROW_FILES))
+    return len({_split_of(file) for file in data} - {None}) > 1
 
 
 def _divided(name: str, everything: Documents) -> Corpus:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,6 +35,15 @@ def preset_of(presets: Mapping[str, Value], name: str) -> Value:
     if name not in presets:
         raise UserError(f"--preset {name}: unknown; choose one of {', '.join(presets)}")
     return presets[name]
+
+
+def check_names(flag: str, names: Sequence[str], known: Collection[str]) -> None:
+    """Checks that there are names and that they are known, or one clear line."""
+    if not names:
+        raise UserError(f"{flag}: name one or more of {', '.join(known)}")
+    for name in names:
+        if name not in known:
+            raise UserError(f"{flag} {name}: unknown; choose from {', '.join(known)}")
 
 
 def checked_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:

@@ -106,14 +106,14 @@ class Lab(Generic[Config]):
             self._finetune = None  # Before the next one is made: there is no room for two.
             if self._pretraining and job.base.recipe is None:
                 raise UserError(f"--pretrain-data: {job.base.name} is trained already")
-            if self.options.models and job.base.recipe is not None:
-                raise UserError(
-                    f"--models: {job.base.name} is trained here; choose another --preset"
-                )
-            source = Path(checkpoint(job, self.options.models))
-            # A folder that is not there would be looked for on the hub.
-            if self.options.models and not source.is_dir():
-                raise UserError(f"--models {source.parent}: no folder {source.name} in it")
+            if self.options.models:
+                if job.base.recipe is not None:
+                    raise UserError(
+                        f"--models: {job.base.name} is trained here; choose another --preset"
+                    )
+                source = Path(checkpoint(job, self.options.models))
+                if not source.is_dir():  # Its name would be looked for on the hub.
+                    raise UserError(f"--models {source.parent}: no folder {source.name} in it")
             text = self._pretraining and text_to_train_on(self._pretraining)
             dataset = Dataset(job, self._corpus, self.options.models)
             self._finetune = Finetune(job, dataset, self.options.models, self.mesh, text=text)

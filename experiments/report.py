@@ -136,8 +136,9 @@ def _print(console: Console, table: Table) -> None:
         shown.add_row(*row)
     # Lines break between words; a number or a name cut short is none.
     found = console.measure(shown, options=console.options.update(max_width=_WIDEST))
-    width = max(console.width, found.minimum) if console.is_terminal else found.maximum
-    Console(file=console.file, width=width).print(shown)
+    needed = found.minimum if console.is_terminal else found.maximum
+    console.width = max(console.width, needed)
+    console.print(shown)
 
 
 def _markdown(table: Table) -> str:

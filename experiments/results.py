@@ -78,7 +78,7 @@ class Results:
         return UserError(f"{self.folder / name} is damaged: use --fresh to start over")
 
     def checkpoint_folder(self, run: str) -> Path:
-        """Where an unfinished run keeps its state."""
+        """Where an unfinished run keeps its state; that of an earlier job is dropped first."""
         self._begin()
         return self.folder / _CHECKPOINTS / urllib.parse.quote(run, safe=" ")
 

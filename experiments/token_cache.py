@@ -55,7 +55,8 @@ def tokenized(documents: Documents, tokenizer: Tokenizer) -> TokenStream:
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     key = f"{documents.digest.sha256} {tokenizer.identity}"
     folder = cache_folder() / f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if not _is_whole(folder, dtype):
+    found = _read(folder, dtype)
+    if found is None:
         try:
             shutil.rmtree(folder, ignore_errors=True)
             _write(documents, tokenizer, dtype, folder)
@@ -63,16 +64,20 @@ def tokenized(documents: Documents, tokenizer: Tokenizer) -> TokenStream:
             raise UserError(
                 f"cannot write tokens to {folder}: {error.strerror or error}"
             ) from error
-    return TokenStream(np.memmap(folder / _TOKENS, dtype, "r"), np.load(folder / _BOUNDS)[:-1])
+        found = _read(folder, dtype)
+    if found is None:
+        raise UserError(f"{folder}: the tokens just written cannot be read")
+    return found
 
 
-def _is_whole(folder: Path, dtype: type) -> bool:
-    """Whether a cache is there and has all of its tokens: a full disk or a copy may cut it."""
+def _read(folder: Path, dtype: type) -> TokenStream | None:
+    """The tokens of a cache, if it is there and whole: a full disk or a copy may cut it."""
     try:
-        end = np.load(folder / _BOUNDS)[-1]
-        return (folder / _TOKENS).stat().st_size == end * np.dtype(dtype).itemsize
+        bounds = np.load(folder / _BOUNDS)
+        tokens = np.memmap(folder / _TOKENS, dtype, "r")
     except (OSError, ValueError, EOFError):
-        return False
+        return None
+    return TokenStream(tokens, bounds[:-1]) if len(tokens) == bounds[-1] else None
 
 
 def _write(documents: Documents, tokenizer: Tokenizer, dtype: type, folder: Path) -> None:

@@ -9,9 +9,12 @@ from lbw_optax.controller import Controller, Limits
 from lbw_optax.law import Law
 from lbw_optax.sensing import Telemetry
 
+_NO_LIMIT = jnp.finfo(jnp.float32).max
+"""Length of a step that nothing bounds."""
+
 
 class Envelope(NamedTuple):
-    """How long a step may be.
+    """How long a step may be, `_NO_LIMIT` where the parameters are not given.
 
     Attributes:
       relative: longest healthy step for parameters of this size.
@@ -58,9 +61,8 @@ def step_bounds(
     Returns:
       The `Envelope`, in units of the parameters; never 0.
     """
-    number = jnp.finfo(jnp.float32)
     if not has_params:
-        unbounded = jnp.full([], number.max, jnp.float32)
+        unbounded = jnp.full([], _NO_LIMIT, jnp.float32)
         return Envelope(unbounded, unbounded, unbounded)
     t = telemetry
     start = (
@@ -69,11 +71,12 @@ def step_bounds(
     share = jnp.maximum(law.relative_step, start)
     relative = share * reach * t.parameter_norm * controller.allowance
     hard = limits.relative_step_limit * jnp.maximum(t.parameter_norm, jnp.sqrt(t.size))
-    hard = jnp.clip(hard, number.tiny, number.max)
+    least = jnp.finfo(jnp.float32).tiny
+    hard = jnp.clip(hard, least, _NO_LIMIT)
     healthy = jnp.maximum(relative, _trust_radius(controller, t, law))
     return Envelope(
         relative=jnp.minimum(relative, hard),
-        healthy=jnp.clip(healthy, number.tiny, hard),
+        healthy=jnp.clip(healthy, least, hard),
         hard=hard,
     )
 
@@ -82,7 +85,7 @@ def _trust_radius(controller: Controller, telemetry: Telemetry, law: Law) -> jax
     """At first everything if the parameters have no size yet, else what any step may have."""
     start = jnp.where(
         telemetry.parameter_norm <= law.unset_size * jnp.sqrt(telemetry.size),
-        jnp.finfo(jnp.float32).max,
+        _NO_LIMIT,
         law.relative_step * telemetry.parameter_norm,
     )
     return jnp.where(controller.trust_radius > 0, controller.trust_radius, start)
@@ -115,11 +118,11 @@ def next_trust_radius(
     factor = law.trust_way * descent / jnp.maximum(lost, jnp.finfo(jnp.float32).tiny)
     factor = jnp.clip(factor, 1 / law.trust_growth, jnp.where(bound, law.trust_growth, 1))
     factor = jnp.where((descent > 0) & jnp.isfinite(lost), factor, 1)
-    learned = jnp.clip(radius * factor, least, jnp.finfo(jnp.float32).max / 4)
+    learned = jnp.clip(radius * factor, least, _NO_LIMIT / 4)
     # Parameters without a size: open until a step did harm or the parameters have outgrown them.
-    wide_open = radius >= jnp.finfo(jnp.float32).max
+    wide_open = radius >= _NO_LIMIT
     outgrown = (t.step_norm > 0) & (t.step_norm <= bounds.relative)
     closed = jnp.maximum(jnp.where(harm, c.last_length / law.trust_growth, t.step_norm), least)
     new = jnp.where(wide_open, jnp.where(harm | outgrown, closed, radius), learned)
     # Without the parameters nothing bounds a step, and nothing is learned of how long it may be.
-    return jnp.where(bounds.relative < jnp.finfo(jnp.float32).max, new, c.trust_radius)
+    return jnp.where(bounds.relative < _NO_LIMIT, new, c.trust_radius)

@@ -132,8 +132,9 @@ def compare(
         innovation = jnp.where(s.losses > 0, t.loss - s.loss_mean, 0)
         # The distance of two means of different age over the difference of their ages.
         lag = s.index_mean - s.index_trend
-        progress = (s.loss_trend - s.loss_mean) / jnp.where(lag > 0, lag, jnp.inf)
-        gaining = s.loss_trend - s.loss_mean > law.gain_noise * noise
+        fallen = s.loss_trend - s.loss_mean
+        progress = fallen / jnp.where(lag > 0, lag, jnp.inf)
+        gaining = fallen > law.gain_noise * noise
         bearable = jnp.clip(
             law.horizon * progress, law.bearable_least * noise, law.bearable_most * noise
         )

@@ -228,25 +228,6 @@ def test_inner_receives_the_loss_and_all_extra_arguments():
     assert seen == {"value": 1.5, "epoch": 3}
 
 
-def fields_of_optax():
-    """Names of the fields of every state that Optax has."""
-    modules = [optax, optax.contrib]
-    states = [c for m in modules for n, c in vars(m).items() if n.endswith("State")]
-    return {name for state in states for name in getattr(state, "_fields", ())}
-
-
-def test_no_field_has_a_name_of_optax():
-    def names(state):
-        if not hasattr(state, "_fields"):
-            return set()
-        return set(state._fields).union(*map(names, state))
-
-    theirs = fields_of_optax()
-    assert {"count", "mu", "nu", "scale"} <= theirs
-    # Optax's own wrappers share the name of what they wrap.
-    assert names(guard(optax.identity()).init(params())) & theirs == {"inner_state"}
-
-
 @every_inner
 def test_optax_tree_finds_and_changes_what_it_finds_without_a_guard(name):
     p = params()

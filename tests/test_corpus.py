@@ -103,6 +103,15 @@ def test_folders_of_code_have_no_splits(tmp_path):
     assert set(read_corpus(tmp_path).splits) == {TRAIN, VALIDATION, TEST}
 
 
+def test_folders_of_code_one_level_down_have_no_splits(tmp_path):
+    package = tmp_path / "package"
+    (package / "test").mkdir(parents=True)
+    (package / "test" / "table.csv").write_text("a,b\n" * 100)
+    for name in ("train.py", "test.py"):
+        (package / name).write_text("pass\n" * 100)
+    assert set(read_corpus(tmp_path).splits) == {TRAIN, VALIDATION, TEST}
+
+
 def test_text_without_splits_is_cut_at_nine_tenths(tmp_path):
     text = "<|endoftext|>\n".join(f"document {i:03}\n" for i in range(100))
     (tmp_path / "notes").write_text(text)

@@ -120,21 +120,23 @@ def failures(options: Arguments, methods: Methods = ()) -> None:
             for method in compared
         }
         records[name] = lab.measure(job, runs, compared)
+    tables = [
+        Table(
+            f"Held-out perplexity (zero-step {number(zero_step)})",
+            ["what goes wrong", *compared],
+            [
+                [name, *(perplexities(found) for found in cells.values())]
+                for name, cells in records.items()
+            ],
+        )
+    ]
+    if ADAMW in compared:
+        tables.append(_productive_table(records, zero_step))
     lab.publish(
         "Failures",
         f"What becomes of a fine-tune of {config.job.base.name} when something goes wrong, and how "
         "much of the compute ends in a run that can be used?",
-        [
-            Table(
-                f"Held-out perplexity (zero-step {number(zero_step)})",
-                ["what goes wrong", *compared],
-                [
-                    [name, *(perplexities(found) for found in cells.values())]
-                    for name, cells in records.items()
-                ],
-            ),
-            *([_productive_table(records, zero_step)] if ADAMW in compared else []),
-        ],
+        tables,
         {},
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from experiments import plots
 from experiments.bench import Bench, Findings, Row, losses, mean
-from experiments.errors import UserError
+from experiments.errors import check_names
 from experiments.presets import QUALITY_PRESETS
 from experiments.sections.drills import faults
 from experiments.sections.idle import idle
@@ -48,11 +48,7 @@ def quality(
       results: Folder for the results; the job writes to quality/PRESET in it.
       fresh: Start over, dropping the results of an earlier job in that folder.
     """
-    if not sections:
-        raise UserError("--sections: name one or more")
-    for name in sections:
-        if name not in SECTIONS:
-            raise UserError(f"--sections {name}: unknown; choose from {', '.join(SECTIONS)}")
+    check_names("--sections", sections, SECTIONS)
     bench = Bench("quality", preset, QUALITY_PRESETS, seeds, results, fresh)
     found = [SECTIONS[name](bench) for name in sections]
     pictures = {}

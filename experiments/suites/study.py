@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import lbw_optax
 from experiments.bench import Bench, Findings, Row, difference, losses, mean
-from experiments.errors import UserError
+from experiments.errors import UserError, check_names
 from experiments.faults import drills
 from experiments.methods import adamw
 from experiments.presets import STUDY_PRESETS
@@ -110,11 +110,7 @@ def study(
       results: Folder for the results; the job writes to study/PRESET in it.
       fresh: Start over, dropping the results of an earlier job in that folder.
     """
-    if not tasks:
-        raise UserError("--tasks: name one or more")
-    for name in tasks:
-        if name not in TASKS:
-            raise UserError(f"--tasks {name}: unknown; choose from {', '.join(TASKS)}")
+    check_names("--tasks", tasks, TASKS)
     laws = law_variants()
     bench = Bench("study", preset, STUDY_PRESETS, seeds, results, fresh)
     found = [_of_task(bench, task, laws) for task in tasks]
