@@ -1,6 +1,5 @@
 """Statistics: what the run has shown so far, and one step compared with it. Scalars alone."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -240,7 +239,7 @@ def learn_spike(
     widened = statistics.spike_tolerance + jnp.where(first, law.spike_rise, 0)
     return statistics._replace(
         gradient_mean=learn_gradient(statistics, gradient_norm, law),
-        spike_tolerance=jnp.minimum(widened, math.log(law.spike_most)),
+        spike_tolerance=jnp.minimum(widened, jnp.log(law.spike_most)),
     )
 
 

@@ -14,9 +14,9 @@ import pytest
 from flax import nnx
 from hypothesis import strategies as st
 
+import lbw_optax
 from experiments import bench, faults, peers, presets, tasks
 from experiments.__main__ import main
-from experiments.errors import UserError
 from experiments.methods import baselines
 from experiments.models.config import DecoderConfig
 from experiments.models.decoder import Decoder
@@ -140,10 +140,12 @@ def test_tasks_train_what_they_say(monkeypatch):
         assert jax.eval_shape(task.loss, shapes[name], batch).shape == ()
 
 
-def test_study_of_a_constant_that_is_gone(monkeypatch):
-    monkeypatch.setattr(study, "SCALED", ("relative_step", "gone"))
-    with pytest.raises(UserError, match="Law has no field gone"):
-        study.law_variants()
+def test_study_changes_every_constant_within_its_range():
+    variants = study.law_variants()  # Raises where a value is out of range.
+    defaults = dataclasses.asdict(lbw_optax.Law())
+    for name, default in defaults.items():
+        (less,), (more,) = variants[f"{name} x0.5"].values(), variants[f"{name} x2"].values()
+        assert less < default < more
 
 
 def feed(tx, grads, **extra):

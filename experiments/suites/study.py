@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 import lbw_optax
 from experiments.bench import Bench, Findings, Row, difference, losses, mean
-from experiments.errors import UserError, check_names
+from experiments.errors import check_names
 from experiments.faults import drills
 from experiments.methods import adamw
 from experiments.presets import STUDY_PRESETS
@@ -27,6 +28,9 @@ FAULTS = ("gradient x1e6, 3 steps", "learning rate x30, 50 steps")
 """Faults at AdamW's best learning rate, from `drills`."""
 
 DEFAULTS = "defaults"
+
+LAWS_PER_CELL = 18
+"""Laws that are measured together: enough to share a compiled program, few to lose."""
 
 OFF = 1e9
 """A threshold that is never reached."""
@@ -47,6 +51,7 @@ SWITCHED_OFF: dict[str, dict[str, float]] = {
         "earned_least": 1.0,
     },
     "no suspicion from overshoot": {"stress_noise": OFF},
+    "suspicion from overshoot whether or not the run gains": {"gain_noise": OFF},
     "no gradient spike test, so no hold of finite gradients": {"spike_ratio": OFF},
     "no jump and no collapse test": {"jump_noise": OFF},
     "no backtrack for overshoot": {"backtrack_noise": OFF},
@@ -59,19 +64,14 @@ SWITCHED_OFF: dict[str, dict[str, float]] = {
 }
 """Row -> the constants of `Law` that switch a sensor or an action off."""
 
-SCALED = (
-    "relative_step",
-    "relative_step_start",
-    "growth",
-    "slack",
-    "share",
-    "earned_most",
-    "earned_least",
-    "horizon",
-    "stress_noise",
-    "spike_ratio",
-)
-"""Constants of `Law` that are halved and doubled."""
+SCALED = tuple(field.name for field in dataclasses.fields(lbw_optax.Law))
+"""Constants of `Law` that are halved and doubled: all."""
+
+MEMORIES = ("loss_decay", "trend_decay", "noise_decay", "overshoot_decay", "persistence")
+"""Decays: what is halved and doubled is the number of steps that they last, 1 / (1 - decay)."""
+
+STEPWISE = ("growth", "release", "rise_limit", "trust_growth")
+"""Factors per step: what is halved and doubled is their distance from 1."""
 
 
 class Setting(NamedTuple):
@@ -119,25 +119,25 @@ def study(
 
 
 def law_variants() -> dict[str, dict[str, float]]:
-    """Row of the tables -> the constants of `Law` that differ from the defaults.
-
-    Raises:
-      UserError: If `Law` has no such constant.
-    """
+    """Row of the tables -> the constants of `Law` that differ from the defaults."""
     variants = {DEFAULTS: {}, **SWITCHED_OFF}
-    known = {field.name: field.default for field in dataclasses.fields(lbw_optax.Law)}
-    unknown = {name for changes in variants.values() for name in changes} | set(SCALED)
-    unknown -= known.keys()
-    if unknown:
-        raise UserError(f"study: Law has no field {', '.join(sorted(unknown))}")
-    for name in SCALED:
-        for factor in (0.5, 2):
-            # A factor per step: what is halved is its distance from 1.
-            value = 1 + (known[name] - 1) * factor if name == "growth" else known[name] * factor
-            variants[f"{name} x{factor:g}"] = {name: value}
+    for name, factor in itertools.product(SCALED, (0.5, 2)):
+        variants[f"{name} x{factor:g}"] = {name: scaled(name, factor)}
     for changes in variants.values():
         dataclasses.replace(lbw_optax.Law(), **changes)  # Raises where a value is out of range.
     return variants
+
+
+def scaled(name: str, factor: float) -> float:
+    """A constant of `Law`, made smaller or larger within its range."""
+    value = getattr(lbw_optax.Law(), name)
+    if name in MEMORIES:
+        return 1 - (1 - value) / factor
+    if name in STEPWISE:
+        return 1 + (value - 1) * factor
+    if name == "cut":
+        return min(value * factor, 0.99)
+    return type(value)(value * factor)
 
 
 def law_of_numbers(changes: Mapping[str, Any]) -> lbw_optax.Law:
@@ -158,28 +158,33 @@ def law_of_numbers(changes: Mapping[str, Any]) -> lbw_optax.Law:
 def _of_task(bench: Bench, task: str, laws: dict[str, dict[str, float]]) -> Findings:
     best = adamw_best_rate(bench, task)
     plain = bench.cell(f"study/{task}/AdamW", lambda: _rows(bench, task, best, adamw, None, {}))
-    # Every variant gives a value for every constant that one of them changes.
-    changed = dict.fromkeys(name for changes in laws.values() for name in changes)
-    base = {name: getattr(lbw_optax.Law(), name) for name in changed}
+    # Every variant gives all constants, so that the same program runs them in whatever cells.
+    base = dataclasses.asdict(lbw_optax.Law())
     extras = {name: (base | changes,) for name, changes in laws.items()}
 
     def with_law(rate, changes):
         return lbw_optax.guard(adamw(rate), law=law_of_numbers(changes))
 
-    rows = bench.cell(f"study/{task}/laws", lambda: _rows(bench, task, best, with_law, extras, {}))
+    rows = []
+    for first in range(0, len(laws), LAWS_PER_CELL):
+        part = dict(itertools.islice(extras.items(), first, first + LAWS_PER_CELL))
+        rows += bench.cell(
+            f"study/{task}/{next(iter(part))} ...",
+            lambda part=part: _rows(bench, task, best, with_law, part, {}),
+        )
     for name, setting in SETTINGS.items():
 
         def with_setting(rate, setting=setting):
             return lbw_optax.guard(adamw(rate), **setting.arguments)
 
         given = {"give_loss": setting.give_loss}
-        rows = rows + bench.cell(
+        rows += bench.cell(
             f"study/{task}/{name}",
             lambda name=name, with_setting=with_setting, given=given: _rows(
                 bench, task, best, with_setting, {name: ()}, given
             ),
         )
-    return Findings([*plain, *rows], [_table(task, best, plain, rows)], [])
+    return Findings([*plain, *rows], _tables(task, best, plain, rows), [])
 
 
 def _rows(
@@ -199,13 +204,17 @@ def _rows(
     ]
 
 
-def _table(task: str, best: float, plain: list[Row], rows: list[Row]) -> Table:
+def _tables(task: str, best: float, plain: list[Row], rows: list[Row]) -> list[Table]:
     columns = [f"{m}x" for m in MULTIPLES] + list(FAULTS)
     base = {column: losses(rows, extra=DEFAULTS, column=column) for column in columns}
-    lines = [
+    first = [
         ["AdamW", *(with_spread(losses(plain, column=column)) for column in columns), ""],
         [f"guard, {DEFAULTS}", *(with_spread(base[column]) for column in columns), ""],
     ]
+    changed: dict[str, list[list[str]]] = {
+        "switched off": [],
+        "constants halved and doubled": [],
+    }
     for name in dict.fromkeys(row["extra"] for row in rows):
         if name == DEFAULTS:
             continue
@@ -213,10 +222,16 @@ def _table(task: str, best: float, plain: list[Row], rows: list[Row]) -> Table:
             mean(losses(rows, extra=name, column=column)) - mean(base[column]) for column in columns
         ]
         worst = max(deltas, key=lambda d: abs(d) if math.isfinite(d) else math.inf)
-        lines.append([name, *map(difference, deltas), difference(worst)])
-    return Table(
-        f"Study, {task} (1x = {best:g})",
-        ["guard", *columns, "largest change"],
-        lines,
-        "Held-out loss in nats; below the second row, the difference from the defaults.",
-    )
+        of_ablation = name in SWITCHED_OFF or name in SETTINGS
+        changed["switched off" if of_ablation else "constants halved and doubled"].append(
+            [name, *map(difference, deltas), difference(worst)]
+        )
+    return [
+        Table(
+            f"Study, {task} (1x = {best:g}): {what}",
+            ["guard", *columns, "largest change"],
+            first + lines,
+            "Held-out loss in nats; below the second row, the difference from the defaults.",
+        )
+        for what, lines in changed.items()
+    ]
