@@ -125,7 +125,8 @@ def diagnose(
     alarm = jnp.select(found, [jnp.int32(c) for c, _, _ in table], jnp.int32(Cause.NONE))
     size = jnp.select(found, [jnp.asarray(x, jnp.float32) for _, _, x in table], pressure)
     # A healthy run overshoots as well, where some directions are done; it gains in the others.
-    bounce = (s.overshoot - s.overshoot_error > law.stress_noise * noise) & ~s.gaining
+    certain = s.overshoot - s.overshoot_error
+    bounce = (certain > law.stress_noise * noise) & ~s.gaining
     # One hard batch makes one long step: only a far too long one is suspected at once.
     long = pressure > law.stress_pressure
     pressed = (pressure > law.brief_pressure) | (long & (too_long >= law.brief_steps))
@@ -134,7 +135,8 @@ def diagnose(
         size=size,
         long=long,
         suspicion=pressed | bounce,
-        calm=(pressure < law.calm_ratio) & ~bounce,
+        # The overshoot is that of a whole step: what it is once the scale is back at 1.
+        calm=(pressure < law.calm_ratio) & (certain <= s.bearable) & ~bounce,
         empty=t.step_norm == 0,
     )
 

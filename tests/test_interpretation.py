@@ -96,6 +96,11 @@ def test_suspicion_and_calm():
     found = diagnose(observed(), mean, jnp.float32(0.1), jnp.int32(0), True, LAW)
     assert found.suspicion
     assert not found.calm
+    # Between the two, what would overshoot without the guard is not let go.
+    mean = signals(overshoot=1.01 * QUIET["bearable"])
+    found = diagnose(observed(), mean, jnp.float32(0.1), jnp.int32(0), True, LAW)
+    assert not found.suspicion
+    assert not found.calm
     # A run that gains may overshoot; what is too long stays too long.
     mean = signals(overshoot=1.01 * LAW.stress_noise, gaining=True)
     for pressure, suspected in ((0.1, False), (1.01 * LAW.brief_pressure, True)):
