@@ -46,6 +46,13 @@ _THRESHOLDS = (
 )
 """What may be infinite."""
 
+_ORDERED = (
+    ("cut_limit", "cut"),
+    ("earned_least", "earned_most"),
+    ("bearable_least", "bearable_most"),
+)
+"""The two ends of a range."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Law:
@@ -216,3 +223,9 @@ class Law:
         for name in _SHARES:
             if getattr(self, name) >= 1:
                 raise ValueError(f"Law.{name} must be in (0, 1), got {getattr(self, name)!r}")
+        for least, most in _ORDERED:
+            if getattr(self, least) > getattr(self, most):
+                raise ValueError(
+                    f"Law.{least} must be at most {most} = {getattr(self, most)!r}, "
+                    f"got {getattr(self, least)!r}"
+                )

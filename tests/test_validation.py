@@ -91,6 +91,9 @@ def test_good_argument_is_taken(good):
         ("brief_steps", math.inf),
         ("noise_clip", math.inf),
         ("share", math.inf),
+        ("cut_limit", 0.6),
+        ("earned_least", 3.0),
+        ("bearable_least", 0.1),
     ],
 )
 def test_bad_constant_of_the_law_is_named(name, value):
