@@ -201,6 +201,10 @@ class Law:
     """Factor per step by which the scale returns to 1 in RECOVERY."""
     rise_limit: float = 1.25
     """Rate limit: factor per step by which the scale may rise for whatever reason."""
+    cut_noise: float = 0.1
+    """Overshoot, in standard deviations of the loss, that what a backtrack leaves would have had.
+    At 0.05 a full fine-tune ends .003 better, but Lion .005 worse, and adam and adamw on Rosenbrock
+    take a tenth longer; at 0.2 the fine-tune ends .002 worse."""
     cut: float = 0.5
     """Largest share of the last step that a backtrack leaves."""
     cut_limit: float = 0.1

@@ -98,9 +98,9 @@ def decide(
 
     # How long?
     latch, earned = _regulate(c, regime, t, signals, bounds, law)
-    # What is left of a step that did harm: so much that its overshoot would have been bearable.
-    bearable = law.bearable_most * signals.noise / jnp.where(t.overshoot > 0, t.overshoot, jnp.inf)
-    keep = jnp.where(harm, jnp.clip(jnp.sqrt(bearable), law.cut_limit, law.cut), law.cut)
+    # What is left of a step that did harm: so much that it would have overshot by little.
+    left = law.cut_noise * signals.noise / jnp.where(t.overshoot > 0, t.overshoot, jnp.inf)
+    keep = jnp.where(harm, jnp.clip(jnp.sqrt(left), law.cut_limit, law.cut), law.cut)
     lowest = jnp.float32(limits.min_scale)
     # A non-finite value may be the batch's fault: it shortens the last step and not the next ones.
     cut = jnp.where(harm, jnp.maximum(c.step_scale * keep, lowest), c.step_scale)
