@@ -211,27 +211,24 @@ def _tables(task: str, best: float, plain: list[Row], rows: list[Row]) -> list[T
         ["AdamW", *(with_spread(losses(plain, column=column)) for column in columns), ""],
         [f"guard, {DEFAULTS}", *(with_spread(base[column]) for column in columns), ""],
     ]
-    changed: dict[str, list[list[str]]] = {
-        "switched off": [],
-        "constants halved and doubled": [],
-    }
-    for name in dict.fromkeys(row["extra"] for row in rows):
-        if name == DEFAULTS:
-            continue
+
+    def line(name: str) -> list[str]:
         deltas = [
             mean(losses(rows, extra=name, column=column)) - mean(base[column]) for column in columns
         ]
         worst = max(deltas, key=lambda d: abs(d) if math.isfinite(d) else math.inf)
-        of_ablation = name in SWITCHED_OFF or name in SETTINGS
-        changed["switched off" if of_ablation else "constants halved and doubled"].append(
-            [name, *map(difference, deltas), difference(worst)]
-        )
+        return [name, *map(difference, deltas), difference(worst)]
+
+    changed = [name for name in dict.fromkeys(row["extra"] for row in rows) if name != DEFAULTS]
+    ablations = [name for name in changed if name in SWITCHED_OFF or name in SETTINGS]
+    constants = [name for name in changed if name not in ablations]
+    parts = {"switched off": ablations, "constants halved and doubled": constants}
     return [
         Table(
             f"Study, {task} (1x = {best:g}): {what}",
             ["guard", *columns, "largest change"],
-            first + lines,
+            [*first, *map(line, names)],
             "Held-out loss in nats; below the second row, the difference from the defaults.",
         )
-        for what, lines in changed.items()
+        for what, names in parts.items()
     ]
