@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib.util
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-from jax.experimental import topologies
 
+from experiments.compilers import compile_for
 from experiments.jobs import Job
 from experiments.memory import abstract_run, plan_memory
 from experiments.methods import Method
-from experiments.models.sharding import make_mesh
-
-SLICE = "v5e:2x4"
-"""The TPU slice of eight devices, as the TPU's compiler calls it."""
+from experiments.models.sharding import make_mesh, on_mesh
 
 
 class MemoryCheck(NamedTuple):
@@ -57,8 +52,11 @@ def check_memory(job: Job, method: Method, devices: Sequence[jax.Device]) -> Mem
         job = dataclasses.replace(job, dtype="float32")
         compiler = "CPU, float32"
     plan = plan_memory(job, method, len(devices))
-    run = abstract_run(job, method, make_mesh(fsdp=len(devices), devices=devices))
-    found = run.lower().compile().memory_analysis()
+    mesh = make_mesh(fsdp=len(devices), devices=devices)
+    run = abstract_run(job, method, mesh)
+    with on_mesh(mesh):  # As a suite runs it: the decoder says where its activations live.
+        lowered = run.lower()
+    found = compile_for(devices[0], lowered).memory_analysis()
     return MemoryCheck(
         compiler,
         plan.arguments,
@@ -66,23 +64,3 @@ def check_memory(job: Job, method: Method, devices: Sequence[jax.Device]) -> Mem
         plan.temporaries,
         found.temp_size_in_bytes,
     )
-
-
-def compile_devices(count: int) -> Sequence[jax.Device]:
-    """What a program for so many devices can be compiled for here.
-
-    Args:
-      count: One, or the eight of `SLICE`.
-
-    Returns:
-      This machine's accelerators if there are enough; else, for eight and where the TPU's compiler
-      is installed and free, a slice that need not be there; else CPUs.
-    """
-    with contextlib.suppress(RuntimeError):  # Too late where jax is at work: tests set it too.
-        jax.config.update("jax_num_cpu_devices", 8)
-    if jax.default_backend() != "cpu" and jax.device_count() >= count:
-        return jax.devices()[:count]
-    if count == 8 and importlib.util.find_spec("libtpu"):
-        with contextlib.suppress(RuntimeError):  # It serves one process at a time.
-            return topologies.get_topology_desc(SLICE, "tpu").devices
-    return jax.devices("cpu")[:count]

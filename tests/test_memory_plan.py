@@ -110,6 +110,12 @@ def test_the_compiler_counts_the_same_arguments(job, count):
     assert check.temporaries > 0
 
 
+def test_activations_are_split_like_the_batch():
+    job = dataclasses.replace(LORA, seq_len=256, remat="none")
+    one, eight = (check_memory(job, STEP, jax.devices()[:count]) for count in (1, 8))
+    assert 8 * eight.temporaries < 1.1 * one.temporaries
+
+
 def test_what_cannot_be_split_evenly_is_replicated():
     thinned = {"q_proj": {"kernel": jax.ShapeDtypeStruct((6, 4), jnp.float32)}}
     (found,) = jax.tree.leaves(shardings(thinned, make_mesh(fsdp=8)))

@@ -9,11 +9,12 @@ from pathlib import Path
 import jax
 
 from experiments import jobs
+from experiments.compilers import compile_devices
 from experiments.environment import made_with, versions
 from experiments.errors import preset_of
 from experiments.jobs import Job
 from experiments.memory import MemoryPlan, plan_memory
-from experiments.memory_check import MemoryCheck, check_memory, compile_devices
+from experiments.memory_check import MemoryCheck, check_memory
 from experiments.methods import ADAMW, GUARD, Method, guards
 from experiments.report import Table, number, write_report
 from experiments.results import Results

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import SingleDeviceSharding
 
+from experiments.compilers import compile_devices, compile_for, moved_bytes
 from experiments.environment import described, made_with
 from experiments.errors import preset_of
-from experiments.memory_check import compile_devices
 from experiments.methods import Method
 from experiments.report import Table, number, write_report
 from experiments.results import Results
@@ -38,7 +38,8 @@ class OverheadConfig:
 
 
 COMPILED = OverheadConfig(4096, 2)
-"""What is compiled for a TPU: 34 million parameters, more than its memory on the chip can hold."""
+"""What is compiled for a device that need not be there: 34 million parameters, more than the memory
+on any chip can hold."""
 
 PRESETS = {"nano": OverheadConfig(1024, 8), "small": OverheadConfig(4096, 16, steps=20)}
 """Name -> settings: 8 million parameters for a CPU, 268 million for a GPU."""
@@ -67,8 +68,9 @@ class Stepper:
 def overhead(preset: str = "nano", results: Path = Path("results"), fresh: bool = False) -> None:
     """Times an optimizer's step alone, with and without the guard, and counts its bytes.
 
-    The model is left out: this is the part that the guard changes, at its most visible. Where the
-    TPU's compiler (libtpu) is installed, the bytes are counted for a TPU too, present or not.
+    The model is left out: this is the part that the guard changes, at its most visible. Where
+    CUDA's plugin for jax or the TPU's compiler (libtpu) is installed, the bytes are counted for a
+    GPU or a TPU too, present or not.
 
     Args:
       preset: Size of the step: nano (two CPU cores) or small (one GPU).
@@ -84,8 +86,9 @@ def overhead(preset: str = "nano", results: Path = Path("results"), fresh: bool 
         _measure(folder, config, methods)
     records = {name: folder.runs[name] for name in methods}
     tables = [_timed_table(config, records)]
-    device = compile_devices(8)[0]
-    if device.platform == "tpu":
+    for device in (compile_devices(count)[0] for count in (1, 8)):
+        if device.platform in ("cpu", jax.default_backend()):
+            continue
         tables.append(_compiled_table(device.device_kind, _compiled(folder, methods, device)))
     folder.write_csv("summary.csv", [{"optimizer": n, **row} for n, row in folder.runs.items()])
     write_report(
@@ -146,12 +149,12 @@ def _compile(
     shape = jax.ShapeDtypeStruct((config.width, config.width), jnp.float32)
     params = {f"w{i}": shape for i in range(config.arrays)}
     state = jax.eval_shape(tx.init, params)
-    compiled = step.lower(params, state, params).compile()
+    compiled = compile_for(device, step.lower(params, state, params))
     size = config.arrays * config.width**2
     return compiled, {
         "state_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / size,
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes / size,
-        "moved_bytes": compiled.cost_analysis()["bytes accessed"] / size,
+        "moved_bytes": moved_bytes(compiled) / size,
     }
 
 
