@@ -231,8 +231,9 @@ def _layer_bytes(model: Decoder, job: Job, rows: int, *, gathered: bool) -> int:
 
 
 def _logits_bytes(model: Decoder, job: Job, rows: int, *, gathered: bool) -> int:
-    """One chunk of logits and its gradient, float32, and the head's own weights."""
+    """One chunk of logits and its gradient, float32, and the head's own weights with theirs."""
     config = model.config
     head = model.embed_tokens if config.tie_word_embeddings else model.lm_head
     logits = rows * min(CHUNK, job.seq_len) * config.vocab_size * 4
-    return 2 * logits + gathered * _bytes(nnx.state(head))
+    weights = _bytes((nnx.state(head), nnx.state(head, trained_kind(job))))
+    return 2 * logits + gathered * weights

@@ -1,5 +1,6 @@
 """Sharding: where each array lives; the same losses and decisions on eight devices as on one."""
 
+import dataclasses
 import functools
 
 import jax
@@ -176,3 +177,25 @@ def test_published_models_lower_on_a_mesh(name, kind):
     with jax.set_mesh(mesh):
         lowered = jax.jit(step).lower(placed(params), placed(state), placed(frozen), tokens)
     assert "sharding" in lowered.as_text()
+
+
+def test_a_lookup_sends_vectors_and_not_the_table():
+    vocabulary = 4096
+    config = dataclasses.replace(LLAMA, vocab_size=vocabulary)
+    mesh = make_mesh(fsdp=8)
+    graphdef, params, frozen = abstract(config, nnx.Param)
+    params, frozen = (
+        jax.tree.map(lambda x, place: x.update(sharding=place), tree, shardings(tree, mesh))
+        for tree in (params, frozen)
+    )
+    tokens = jax.ShapeDtypeStruct((8, T), jnp.int32, sharding=NamedSharding(mesh, BATCH))
+
+    @jax.jit
+    def hidden(params, frozen, tokens_bt):
+        return nnx.merge(graphdef, params, frozen).hidden(tokens_bt)
+
+    with jax.set_mesh(mesh):
+        program = hidden.lower(params, frozen, tokens).compile().as_text()
+    assert "all-to-all" in program
+    gathered = [line for line in program.splitlines() if "all-gather" in line]
+    assert not any(f"[{vocabulary}," in line for line in gathered)

@@ -292,8 +292,11 @@ class Decoder(nnx.Module):
             # A scan keeps the two passes apart as it is: no barriers against merging are needed.
             policy = REMAT_POLICIES[self.remat]
             run_layer = jax.checkpoint(run_layer, policy=policy, prevent_cse=False)
-        table_vd = constrain(self.embed_tokens.embedding[...], P("tensor", None))
-        x_btd = constrain(jnp.take(table_vd, tokens_bt, axis=0).astype(self.dtype), BATCH)
+        # Every part of the table looks up its columns for all rows: what travels are the vectors of
+        # these tokens, not the table.
+        tokens_bt = constrain(tokens_bt, P("data"))
+        x_btd = jnp.take(self.embed_tokens.embedding[...], tokens_bt, axis=0).astype(self.dtype)
+        x_btd = constrain(constrain(x_btd, P("data", None, "fsdp")), BATCH)
         x_btd, _ = jax.lax.scan(run_layer, x_btd, parameters)
         return self.norm(x_btd)
 
