@@ -37,9 +37,9 @@ class OverheadConfig:
     """Steps per timing."""
 
 
-COMPILED = OverheadConfig(4096, 2)
-"""What is compiled for a device that need not be there: 34 million parameters, more than the memory
-on any chip can hold."""
+COMPILED = OverheadConfig(4096, 12)
+"""What is compiled for a device that need not be there: as many arrays as a decoder with stacked
+layers has, each larger than the memory on any chip."""
 
 PRESETS = {"nano": OverheadConfig(1024, 8), "small": OverheadConfig(4096, 16, steps=20)}
 """Name -> settings: 8 million parameters for a CPU, 268 million for a GPU."""
@@ -122,7 +122,7 @@ def _measure(folder: Results, config: OverheadConfig, methods: dict[str, Method]
 
 
 def _prepare(config: OverheadConfig, method: Method) -> tuple[Stepper, dict[str, float]]:
-    """An optimizer that has made its first steps, and its bytes per parameter."""
+    """An optimizer that has made its first steps, and what its compiled step takes."""
     compiled, counted = _compile(config, method, jax.devices()[0])
     shape, names = (config.width, config.width), [f"w{i}" for i in range(config.arrays)]
     keys = jax.random.split(jax.random.key(0), 2 * config.arrays)
@@ -138,7 +138,7 @@ def _prepare(config: OverheadConfig, method: Method) -> tuple[Stepper, dict[str,
 def _compile(
     config: OverheadConfig, method: Method, device: jax.Device
 ) -> tuple[Any, dict[str, float]]:
-    """An optimizer's step compiled for a device that need not be there, and its bytes."""
+    """An optimizer's step compiled for a device that need not be there, and what it takes."""
     tx = optax.with_extra_args_support(method(LEARNING_RATE))
 
     @functools.partial(jax.jit, donate_argnums=(1, 2), in_shardings=SingleDeviceSharding(device))
@@ -149,31 +149,38 @@ def _compile(
     shape = jax.ShapeDtypeStruct((config.width, config.width), jnp.float32)
     params = {f"w{i}": shape for i in range(config.arrays)}
     state = jax.eval_shape(tx.init, params)
-    compiled = compile_for(device, step.lower(params, state, params))
+    lowered = step.lower(params, state, params)
+    started = time.perf_counter()
+    compiled = compile_for(device, lowered)
+    seconds = time.perf_counter() - started
     size = config.arrays * config.width**2
     return compiled, {
         "state_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)) / size,
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes / size,
         "moved_bytes": moved_bytes(compiled) / size,
+        "compile_seconds": seconds,
     }
 
 
 BYTES = ("state_bytes", "temporary_bytes", "moved_bytes")
 
+HEADING = ["state", "temporaries", "moved", "compiled in"]
+
 EXPLAINED = (
-    "bytes per parameter: the optimizer's state, what XLA sets aside within the step, and what XLA "
-    "counts as read or written."
+    "`state` is what an optimizer keeps between steps, beside the parameters; `temporaries` what "
+    "XLA sets aside within a step; `moved` what it counts as read or written: all in bytes per "
+    "parameter."
 )
 
 
 def _timed_table(config: OverheadConfig, records: dict[str, dict[str, Any]]) -> Table:
-    heading = ["optimizer", "ms per step", "AdamW's times", "state", "temporaries", "moved"]
+    heading = ["optimizer", "ms per step", "AdamW's times", *HEADING]
     rows = [
         [
             name,
             f"{1000 * record['seconds']:.2f}",
             "{1:.2f} ({0:.2f} to {2:.2f})".format(*record["ratio"]),
-            *(number(record[kind]) for kind in BYTES),
+            *_shown(record),
         ]
         for name, record in records.items()
     ]
@@ -182,14 +189,18 @@ def _timed_table(config: OverheadConfig, records: dict[str, dict[str, Any]]) -> 
         heading,
         rows,
         "Medians and, of the ratios to AdamW in the same round, quartiles over "
-        f"{config.rounds} rounds. The last three are {EXPLAINED}",
+        f"{config.rounds} rounds. {EXPLAINED}",
     )
 
 
 def _compiled_table(kind: str, records: dict[str, dict[str, Any]]) -> Table:
     return Table(
         f"Compiled for a {kind}: {COMPILED.arrays} arrays of {COMPILED.width} x {COMPILED.width}",
-        ["optimizer", "state", "temporaries", "moved"],
-        [[name, *(number(record[kind]) for kind in BYTES)] for name, record in records.items()],
-        f"Compiled and not run. All are {EXPLAINED}",
+        ["optimizer", *HEADING],
+        [[name, *_shown(record)] for name, record in records.items()],
+        f"Compiled and not run. {EXPLAINED}",
     )
+
+
+def _shown(record: dict[str, Any]) -> list[str]:
+    return [*(number(record[kind]) for kind in BYTES), f"{record['compile_seconds']:.1f} s"]
