@@ -102,7 +102,7 @@ def _find(opt_state: Any) -> GuardState:
         raise ValueError(f"opt_state must hold exactly one guard, found {len(found)}")
     # nnx keeps each array in a variable of its own.
     state = jax.tree.map(
-        lambda x: x.get_value() if _is_variable(x) else x, found[0], is_leaf=_is_variable
+        lambda x: x[...] if _is_variable(x) else x, found[0], is_leaf=_is_variable
     )
     if isinstance(state.regime, Tracer | jax.ShapeDtypeStruct):
         raise ValueError(
@@ -125,7 +125,7 @@ def _guards(opt_state: Any) -> list[GuardState]:
 
 
 def _is_variable(x: Any) -> bool:
-    return hasattr(x, "get_value")
+    return hasattr(x, "get_metadata")
 
 
 def report(opt_state: Any) -> Report:
