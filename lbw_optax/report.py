@@ -101,9 +101,7 @@ def _find(opt_state: Any) -> GuardState:
     if len(found) != 1:
         raise ValueError(f"opt_state must hold exactly one guard, found {len(found)}")
     # nnx keeps each array in a variable of its own.
-    state = jax.tree.map(
-        lambda x: x[...] if _is_variable(x) else x, found[0], is_leaf=_is_variable
-    )
+    state = jax.tree.map(lambda x: x[...] if _is_variable(x) else x, found[0], is_leaf=_is_variable)
     if isinstance(state.regime, Tracer | jax.ShapeDtypeStruct):
         raise ValueError(
             "opt_state must hold numbers, got a tracer or a shape: read it outside jit and scan"
