@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -193,6 +194,12 @@ def _whole_files(path: Path) -> list[Path]:
         files = [file for file in found if _is_readable(file)]
         if found and not files:
             raise UserError(f"{path}: none of its {len(found)} files is UTF-8 text")
+        if left := sorted(set(found) - set(files)):
+            shown = ", ".join(file.name for file in left[:3]) + ", ..." * (len(left) > 3)
+            print(
+                f"{path}: {len(left)} of {len(found)} files left out, not UTF-8 text: {shown}",
+                file=sys.stderr,
+            )
         return files
     if not path.is_file():  # It is read more than once, which a pipe cannot be.
         raise UserError(f"{path}: neither a file nor a folder")

@@ -123,6 +123,17 @@ def test_text_without_splits_is_cut_at_nine_tenths(tmp_path):
         assert [len("".join(part)) for part in parts] == [1170, 65, 65]
 
 
+def test_files_that_are_left_out_are_named(tmp_path, capsys):
+    for i in range(5):
+        (tmp_path / f"notes-{i}.txt").write_bytes(b"caf\xe9\n" * 100 if i else b"cafe\n" * 100)
+    read_corpus(tmp_path)
+    said = capsys.readouterr().err
+    assert said == (
+        f"{tmp_path}: 4 of 5 files left out, not UTF-8 text: "
+        "notes-1.txt, notes-2.txt, notes-3.txt, ...\n"
+    )
+
+
 @given(
     st.lists(st.text("ab\n", min_size=1), min_size=1).filter(lambda d: any(t.strip() for t in d))
 )
