@@ -161,6 +161,7 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
             extra_args["value"] = value
         step, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         _check_shapes(updates, step)
+        _check_structure(state.inner_state, inner_state)
 
         # Sense.
         telemetry = sensing.measure(
@@ -267,6 +268,15 @@ def _check_shapes(updates, step):
                 f"{name}, whose step has {jnp.shape(emitted)}; what reduces gradients per example, "
                 "such as differentially_private_aggregate, must stand before the guard"
             )
+
+
+def _check_structure(old, new):
+    before, after = jax.tree.structure(old), jax.tree.structure(new)
+    if before != after:
+        raise ValueError(
+            "update: the inner optimizer's state must keep its structure (a checkpoint is restored "
+            f"into that of init), got {before} and then {after}"
+        )
 
 
 def _check(inner, mode, min_scale, relative_step_limit, max_rejections, log_size, law):

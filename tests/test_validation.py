@@ -122,3 +122,12 @@ def test_gradients_per_example_are_refused(memory):
     tx, params = guard(inner, memory=memory), {"w": jnp.ones(3)}
     with pytest.raises(ValueError, match=r"\(4, 3\) for \['w'\], whose step has \(3,\)"):
         tx.update({"w": jnp.ones((4, 3))}, tx.init(params), params)
+
+
+def test_inner_state_of_another_structure_is_refused():
+    tx = guard(optax.sgd(0.1, momentum=0.9))
+    params = {"w": jnp.ones(3)}
+    state = tx.init(params)
+    loaded = state._replace(inner_state=list(state.inner_state))
+    with pytest.raises(ValueError, match="state must keep its structure"):
+        tx.update(params, loaded, params)
