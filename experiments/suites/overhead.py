@@ -39,7 +39,7 @@ class OverheadConfig:
 
 COMPILED = OverheadConfig(4096, 12)
 """What is compiled for a device that need not be there: as many arrays as a decoder with stacked
-layers has, each larger than the memory on any chip."""
+layers has, each larger than a GPU's cache."""
 
 PRESETS = {"nano": OverheadConfig(1024, 8), "small": OverheadConfig(4096, 16, steps=20)}
 """Name -> settings: 8 million parameters for a CPU, 268 million for a GPU."""
