@@ -41,7 +41,7 @@ def test_a_gpu_and_tpus_need_not_be_there(topologies):
 
 @pytest.mark.parametrize(
     ("device", "options"),
-    [(SimpleNamespace(platform="gpu"), {"xla_gpu_autotune_level": 0}), (None, None)],
+    [(SimpleNamespace(platform="gpu"), compilers._UNTRIED), (None, None)],
     ids=["absent", "here"],
 )
 def test_kernels_are_not_timed_on_a_gpu_that_is_absent(device, options):
