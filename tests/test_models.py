@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -182,6 +183,21 @@ def test_loss_never_holds_all_logits():
     assert "2x8x1000xf32" in text
     assert "2x64x1000xf32" not in text
     assert "8x2x8x1000xf32" not in text
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_multiplies_in_the_compute_dtype(tied):
+    config = dataclasses.replace(TINY, vocab_size=1000, tie_word_embeddings=tied)
+    graphdef, params = nnx.split(Decoder(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+
+    def loss(params):
+        return next_token_loss(nnx.merge(graphdef, params), jnp.zeros((2, 9), jnp.int32))
+
+    text = jax.jit(jax.grad(loss)).lower(params).as_text()
+    products = re.findall(r"dot_general .*: \((.*), (.*)\) -> (.*)", text)
+    products = [product for product in products if any("1000x" in shape for shape in product)]
+    assert len(products) == 3  # The logits, and the gradients of both factors.
+    assert all("xbf16>" in operand for *operands, _ in products for operand in operands)
 
 
 def test_grouped_attention_equals_attention_with_repeated_heads():
