@@ -11,12 +11,14 @@ scores all that it has, and each further one its last `stride` tokens, which so 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from experiments.errors import UserError
 from experiments.token_cache import TokenStream
@@ -103,10 +105,19 @@ def strided_perplexity(
     Returns:
       Loss and perplexity per token.
     """
-    # All are started before the first is waited for.
-    scores = [score(tokens, weights) for tokens, weights in zip(*windows, strict=True)]
-    nats = sum(float(nats) for nats, _ in scores)
-    count = round(sum(float(count) for _, count in scores))
+    nats, count = 0.0, 0.0
+    scores = itertools.starmap(score, zip(*windows, strict=True))
+    # Pairs: the next batch is started before one is waited for.
+    for (batch_nats, batch_count), _ in tqdm(
+        itertools.pairwise(itertools.chain(scores, [None])),
+        desc="scoring the held-out text",
+        total=len(windows.tokens),
+        unit="batch",
+        delay=1,
+        leave=False,
+    ):
+        nats += float(batch_nats)
+        count += float(batch_count)
     loss = nats / count
     # exp(700) is near the largest float.
-    return Perplexity(loss, math.exp(loss) if loss < 700 else math.inf, count)
+    return Perplexity(loss, math.exp(loss) if loss < 700 else math.inf, round(count))

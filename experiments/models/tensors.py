@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from tqdm import tqdm
 
 from experiments.errors import UserError, reading
 from experiments.models.sharding import shardings
@@ -99,13 +100,21 @@ def read_params(
         def block(index):
             return _read_block(path, variable, index, tensors)
 
-        place = place.get_value()
-        return path, variable.replace(jax.make_array_from_callback(variable.shape, place, block))
+        array = jax.make_array_from_callback(variable.shape, place.get_value(), block)
+        progress.update(array.nbytes)
+        return path, variable.replace(array)
 
-    return nnx.from_flat_state(
-        read(path, variable, place)
-        for (path, variable), (_, place) in zip(flat, nnx.to_flat_state(places), strict=True)
-    )
+    with tqdm(
+        total=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params)),
+        desc="reading weights",
+        unit="B",
+        unit_scale=True,
+        delay=1,
+    ) as progress:
+        return nnx.from_flat_state(
+            read(path, variable, place)
+            for (path, variable), (_, place) in zip(flat, nnx.to_flat_state(places), strict=True)
+        )
 
 
 def write_params(params: nnx.State, file: Path) -> None:
