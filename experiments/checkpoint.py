@@ -38,7 +38,13 @@ class Checkpoints:
 
     def save(self, step: int, state: T) -> None:
         """Saves a pytree of arrays as the state after `step` steps."""
-        self._manager.save(step, args=ocp.args.StandardSave(state))
+        try:
+            self._manager.save(step, args=ocp.args.StandardSave(state))
+        except ValueError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            folder = self._manager.directory
+            raise UserError(f"{folder}: no space left for a checkpoint") from error
 
     def restore_or(self, initial: T) -> T:
         """The saved state, or the initial one where none is saved.

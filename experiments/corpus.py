@@ -13,7 +13,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,12 +118,13 @@ class Corpus:
         return self.splits[split]
 
 
-def wikitext(size: int) -> Corpus:
+def wikitext(size: int, flag: str = "--data") -> Corpus:
     """WikiText in raw form, downloaded once: Wikipedia articles.
 
     Args:
       size: 103 has 28,475 articles to train on, 550 MB; 2 has 600 of them, 11 MB. Their 60
         articles for validation and 60 for test are the same.
+      flag: What the command line calls the text that can stand in for it.
 
     Returns:
       The corpus.
@@ -139,7 +140,7 @@ def wikitext(size: int) -> Corpus:
     except (OSError, ValueError) as error:  # ValueError: offline, with another part in the cache.
         raise UserError(
             f"{name} cannot be downloaded ({first_line(error)}): "
-            "connect to the hub once, or give a text of your own with --data or --pretrain-data"
+            f"connect to the hub once, or give a text of your own with {flag}"
         ) from error
 
     def read(split: str) -> Iterator[str]:
@@ -194,18 +195,20 @@ def _whole_files(path: Path) -> list[Path]:
         files = [file for file in found if _is_readable(file)]
         if found and not files:
             raise UserError(f"{path}: none of its {len(found)} files is UTF-8 text")
-        if left := sorted(set(found) - set(files)):
-            shown = ", ".join(file.name for file in left[:3]) + ", ..." * (len(left) > 3)
-            print(
-                f"{path}: {len(left)} of {len(found)} files left out, not UTF-8 text: {shown}",
-                file=sys.stderr,
-            )
+        _tell_left_out(path, set(found) - set(files), len(found), "not UTF-8 text")
         return files
     if not path.is_file():  # It is read more than once, which a pipe cannot be.
         raise UserError(f"{path}: neither a file nor a folder")
     if _type(path) in _OTHER_FILES:
         raise UserError(f"{path}: give text, {' or '.join(_ROW_FILES)}, not {_type(path)}")
     return [path]
+
+
+def _tell_left_out(path: Path, left: Collection[Path], found: int, why: str) -> None:
+    """Names files of a folder that are not read, if there are any."""
+    if left:
+        shown = ", ".join(file.name for file in sorted(left)[:3]) + ", ..." * (len(left) > 3)
+        print(f"{path}: {len(left)} of {found} files left out, {why}: {shown}", file=sys.stderr)
 
 
 def _has_splits(path: Path) -> bool:
@@ -238,11 +241,13 @@ def _corpus(name: str, readers: Mapping[str, Callable[[], Iterable[str]]]) -> Co
 
 def _split_files(path: Path) -> dict[str, list[Path]]:
     """The files of a folder that are named after a split, by split and in order."""
-    found = {}
+    found, left = {}, []
     known = (*_TEXT_FILES, *_ROW_FILES)
     for entry in sorted(path.iterdir()) if path.is_dir() else []:
         split = _split_of(entry)
         if split is None:
+            if entry.is_file() and _type(entry) in known:
+                left.append(entry)
             continue
         for file in walk(entry) if entry.is_dir() else [entry]:
             if _type(file) in known:
@@ -251,6 +256,9 @@ def _split_files(path: Path) -> dict[str, list[Path]]:
                 raise UserError(
                     f"{file}: a split by its name, but its type is none of {', '.join(known)}"
                 )
+    if found:
+        count = len(left) + sum(map(len, found.values()))
+        _tell_left_out(path, left, count, "not named after a split")
     return {split: found[split] for split in (TRAIN, VALIDATION, TEST) if split in found}
 
 

@@ -86,6 +86,7 @@ class Lab(Generic[Config]):
         self.mesh = _mesh(options.mesh)
         """Where a `Finetune` is used, see `on_mesh`."""
         self._finetune: Finetune | None = None
+        self._measured: set[str] = set()
         if options.models is not None and not options.models.is_dir():
             raise UserError(f"--models {options.models}: no such folder")
         self._corpus = _read("--data", options.data)
@@ -165,6 +166,7 @@ class Lab(Generic[Config]):
         """
         # Seed by seed: a job that is cut short leaves whole tables of the first ones.
         seeded = [run.seeded(seed) for seed in self.seeds for run in dict.fromkeys(runs.values())]
+        self._measured |= {run.name for run in seeded}
         todo = [run for run in seeded if run.name not in self.folder.runs]
         if todo:
             total, left = len(seeded) * job.steps, len(todo) * job.steps
@@ -199,7 +201,8 @@ class Lab(Generic[Config]):
             if "heldout_loss" in record
         ]
         self.folder.write_csv("summary.csv", rows)
-        seconds = sum(record.get("seconds", 0.0) for record in runs.values())
+        # The folder may have runs of other seeds and methods.
+        seconds = sum(runs[name].get("seconds", 0.0) for name in self._measured)
         made = [
             f"seeds: {', '.join(map(str, self.seeds))}",
             f"training: {seconds:.0f} s in all, compilation and evaluation excluded",

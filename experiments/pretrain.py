@@ -43,7 +43,7 @@ def _library() -> Text:
 
 TEXTS: dict[str, Callable[[], Text]] = {
     "standard-library": _library,
-    "wikitext-2": lambda: text_to_train_on(wikitext(2)),
+    "wikitext-2": lambda: text_to_train_on(wikitext(2, "--pretrain-data")),
 }
 """Name in `PretrainConfig.text` -> the text."""
 

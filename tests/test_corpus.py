@@ -12,6 +12,7 @@ from shared_data import shared_data
 from experiments import corpus
 from experiments.corpus import TEST, TRAIN, VALIDATION, Documents, read_corpus, wikitext
 from experiments.errors import UserError
+from experiments.pretrain import TEXTS
 
 WIKITEXT = """ 
  = First article = 
@@ -123,6 +124,14 @@ def test_text_without_splits_is_cut_at_nine_tenths(tmp_path):
         assert [len("".join(part)) for part in parts] == [1170, 65, 65]
 
 
+def test_files_that_are_not_named_after_a_split_are_named(tmp_path, capsys):
+    for name in ("train.txt", "test.txt", "chapter1.txt", "picture.png"):
+        (tmp_path / name).write_text("a\n" * 100)
+    assert read_corpus(tmp_path).splits.keys() == {TRAIN, TEST}
+    said = capsys.readouterr().err
+    assert said == f"{tmp_path}: 1 of 3 files left out, not named after a split: chapter1.txt\n"
+
+
 def test_files_that_are_left_out_are_named(tmp_path, capsys):
     for i in range(5):
         (tmp_path / f"notes-{i}.txt").write_bytes(b"caf\xe9\n" * 100 if i else b"cafe\n" * 100)
@@ -204,6 +213,8 @@ def test_unreachable_hub_is_one_clear_line(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(UserError, match=r"WikiText-103 cannot be downloaded .* --data"):
         wikitext(103)
+    with pytest.raises(UserError, match=r"WikiText-2 cannot be downloaded .* --pretrain-data"):
+        TEXTS["wikitext-2"]()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 import shutil
 import types
 
@@ -17,7 +18,7 @@ from flax import nnx
 from helpers import norm
 from suite_helpers import CHUNK, TINY_JOB
 
-from experiments import faults, jobs, methods
+from experiments import faults, jobs, methods, paper
 from experiments.__main__ import main
 from experiments.curvature import hessian_trace
 from experiments.errors import UserError
@@ -52,9 +53,7 @@ FULL = dataclasses.replace(
 TINY = {
     clipping: clipping.ClippingConfig(TINY_JOB, norms=(0.1,)),
     failures: failures.FailuresConfig(TINY_JOB, methods=("AdamW", "guard(AdamW)")),
-    lr_stress: lr_stress.LrStressConfig(
-        TINY_JOB, multiples=(1, 100), paper={TINY_JOB.rate(100): (123.4, 5.67)}
-    ),
+    lr_stress: lr_stress.LrStressConfig(TINY_JOB, multiples=(1, 100)),
     neutrality: neutrality.NeutralityConfig(
         TINY_JOB, multiples=(10,), path_multiples=(0.5, 100), stops=2, probes=2
     ),
@@ -64,6 +63,12 @@ TINY = {
     ),
     sizes: sizes.SizesConfig({"one": TINY_JOB, "two": FULL}, (1,), ("AdamW", "guard(AdamW)")),
     tinyllama: lr_stress.LrStressConfig(FULL, multiples=(1, 100)),
+}
+
+THEIRS = {
+    ("tiny", paper.REFERENCE): ("13.21", "10.74"),
+    ("tiny", "LR 0.01"): ("659.76", "10.33"),
+    ("tiny", "LR 0.1"): ("1885.24", "11.57"),
 }
 
 
@@ -85,6 +90,8 @@ def results(tmp_path_factory, cache):
         patch.setattr(failures.FailuresConfig, "scenarios", lambda self: some)
         few = {name: methods.baselines(TINY_JOB.steps)[name] for name in COMPARED}
         patch.setattr(reference, "baselines", lambda steps: few)
+        patch.setattr(paper, "PERPLEXITIES", THEIRS)
+        patch.setattr(paper, "SECONDS", {"tiny": ("392.54", "357.02")})
         assert main(["all", "--preset", "tiny", "--results", str(folder)]) == 0
         before = _contents(folder)
         # Again: everything is read, nothing is run.
@@ -112,12 +119,18 @@ def test_the_index_leads_to_every_report(results):
 
 
 def test_the_papers_numbers_are_beside_those_of_its_model(results):
-    reports = {
-        suite: (results / suite / "tiny" / "report.md").read_text()
-        for suite in ("lr_stress", "tinyllama")
+    expected = {
+        "reference": ["reference: perplexity", "reference: seconds, end to end"],
+        "sizes": ["reference: perplexity"],
+        "lr_stress": ["reference: perplexity", "LR 0.1: perplexity"],
+        "clipping": ["LR 0.01: perplexity"],
+        "seeds": ["reference: perplexity"],
+        "tinyllama": [],
     }
-    assert "| 0.1 | 123.40 |" in reports["lr_stress"]
-    assert "paper" not in reports["tinyllama"]
+    for suite, settings in expected.items():
+        report = (results / suite / "tiny" / "report.md").read_text()
+        assert re.findall(r"^\| tiny, (.*?) \|", report, re.MULTILINE) == settings
+        assert ("Beside the paper" in report) == bool(settings)
 
 
 @pytest.mark.parametrize("clean", [math.log(6.0), None])

@@ -11,6 +11,7 @@ from experiments.finetune import Run
 from experiments.jobs import Job
 from experiments.lab import Arguments, Lab, perplexities
 from experiments.methods import ADAMW, GUARD, Method, adamw, guard
+from experiments.paper import paper_table, perplexity_rows
 from experiments.report import Table, guard_table, number
 
 AGC_CLIPPING = 0.01
@@ -59,6 +60,7 @@ def clipping(options: Arguments) -> None:
         [name, perplexities(records[name]), *map(number, plots.quartiles(norms[name]))]
         for name in runs
     ]
+    stressed = {(name, lab.config.multiple): records[name] for name in runs}
     rows.append([healthy.name, perplexities(records[healthy.name]), "", "", ""])
     lab.publish(
         "Clipping against the guard",
@@ -72,6 +74,7 @@ def clipping(options: Arguments) -> None:
                 rows,
                 "Norms are of the gradients as the model gives them, before clipping.",
             ),
+            *paper_table(perplexity_rows(job, stressed)),
             guard_table({GUARD: records[GUARD]}),
         ],
         {"gradient_norms.png": plots.histograms(norms, "gradient norm")},

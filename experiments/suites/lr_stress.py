@@ -24,6 +24,7 @@ from experiments.lab import (
     perplexity,
 )
 from experiments.methods import ADAMW, GUARD, RATE_FREE, baselines, chosen
+from experiments.paper import paper_table, perplexity_rows
 from experiments.report import Table, guard_table, number, with_spread
 
 PLOTTED_MULTIPLE = 100
@@ -46,19 +47,13 @@ class LrStressConfig:
     """Learning rates, in units of the job's reference."""
     methods: tuple[str, ...] = METHODS
     """What is compared, where the user does not choose."""
-    paper: Mapping[float, tuple[float, float]] = dataclasses.field(default_factory=dict)
-    """Learning rate -> the paper's perplexities, of AdamW and of LBW-Guard."""
 
 
 PRESETS = {
     "nano": LrStressConfig(jobs.NANO),
     "small": LrStressConfig(jobs.SMALL, methods=(ADAMW, *STRONGEST, GUARD)),
     "stories": LrStressConfig(jobs.STORIES, (0.1, 0.3, 1, 3, 10, 30, 100)),
-    "paper": LrStressConfig(
-        jobs.PAPER["7B"],
-        (0.5, 1, 2.5, 5, 15, 50),
-        paper={1e-3: (659.76, 10.33), 3e-3: (1885.24, 11.57)},
-    ),
+    "paper": LrStressConfig(jobs.PAPER["7B"], (0.5, 1, 2.5, 5, 15, 50)),
 }
 """Name -> settings."""
 
@@ -107,8 +102,7 @@ def sweep_rates(
         for method, points in curves.items()
     }
     tables = [_curve_table(curves, multiples, zero_step), _sensitivity_table(curves, zero_step)]
-    if lab.config.paper and {ADAMW, GUARD} <= compared.keys():
-        tables.append(_paper_table(means, lab.config.paper))
+    tables += paper_table(perplexity_rows(job, records))
     if GUARD in compared:
         tables.append(guard_table({f"{m:g}x": records[GUARD, m] for m in multiples}))
     best = min(ppl for _, ppl in means[ADAMW]) if ADAMW in compared else None
@@ -181,16 +175,3 @@ def _sensitivity_table(curves: Curves, zero_step: float) -> Table:
         "zero-step one. A method that does not learn at all is insensitive too: read it with the "
         "table above.",
     )
-
-
-def _paper_table(
-    means: Mapping[str, Sequence[tuple[float, float]]],
-    paper: Mapping[float, tuple[float, float]],
-) -> Table:
-    plain, guarded = dict(means[ADAMW]), dict(means[GUARD])
-    rows = [
-        [f"{rate:g}", *map(number, (theirs[0], plain[rate], theirs[1], guarded[rate]))]
-        for rate, theirs in paper.items()
-    ]
-    heading = ["learning rate", "AdamW, paper", "AdamW, here", "LBW-Guard, paper", "guard, here"]
-    return Table("Beside the paper", heading, rows)

@@ -9,12 +9,10 @@ from collections.abc import Sequence
 from experiments import jobs, plots
 from experiments.finetune import Run
 from experiments.jobs import Job
-from experiments.lab import Arguments, Lab, of_loss, perplexities
-from experiments.methods import ADAMW, baselines
+from experiments.lab import Arguments, Lab, Record, of_loss, perplexities
+from experiments.methods import ADAMW, GUARD, baselines
+from experiments.paper import paper_table, perplexity_rows, seconds_rows
 from experiments.report import Table, guard_table, number, with_spread
-
-PAPER = [["AdamW", "13.21", "392.54"], ["LBW-Guard", "10.74", "357.02"]]
-"""The paper's perplexity and end-to-end seconds, for Qwen2.5-7B."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +52,12 @@ def reference(options: Arguments) -> None:
     rows = []
     for name, found in records.items():
         seconds = [record["seconds"] for record in found]
-        whole = found[0]["end_to_end_seconds"]
         times = map(_time_to, curves[name], targets)
         rows.append(
             [
                 name,
                 perplexities(found),
-                "resumed" if whole is None else f"{whole:.1f}",
+                _whole(found),
                 with_spread(seconds, _tenths),
                 with_spread([1000 * s / job.steps for s in seconds], _tenths),
                 _reached([time for time in times if time is not None], len(found)),
@@ -85,8 +82,10 @@ def reference(options: Arguments) -> None:
             f"to {lab.config.eval_steps} steps, and counts seeds that reach it.",
         )
     ]
-    if options.preset == "paper":
-        tables.append(Table("The paper's", ["method", "perplexity", "seconds"], PAPER))
+    tables += paper_table(
+        perplexity_rows(job, {(name, 1): found for name, found in records.items()})
+        + seconds_rows(job, _whole(records[ADAMW]), _whole(records[GUARD]))
+    )
     guarded = [name for name in records if "guard_regime" in records[name][0]]
     tables.append(guard_table({name: records[name] for name in guarded}))
     finite = {
@@ -103,6 +102,13 @@ def reference(options: Arguments) -> None:
 
 
 _tenths = "{:.1f}".format
+
+
+def _whole(records: Sequence[Record]) -> str:
+    """Seconds of the first seed's run, end to end."""
+    seconds = records[0]["end_to_end_seconds"]
+    return "resumed" if seconds is None else _tenths(seconds)
+
 
 Curve = Sequence[tuple[float, float | None]]
 

@@ -9,10 +9,8 @@ from experiments.errors import preset_of
 from experiments.jobs import Job
 from experiments.lab import Arguments, Lab, Methods, at_rates, perplexities
 from experiments.methods import ADAMW, GUARD, USUAL, baselines, chosen
+from experiments.paper import paper_table, perplexity_rows
 from experiments.report import Table, number
-
-PAPER_PERPLEXITIES = ("12.68 ± 0.14", "9.69 ± 0.06")
-"""The paper's AdamW and LBW-Guard, for Qwen2.5-3B."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +60,9 @@ def seeds(options: Arguments, methods: Methods = ()) -> None:
             ["method", *columns],
             rows,
             "Mean ± standard deviation. A seed sets the adapters, the batches and nothing else.",
-        )
+        ),
+        *paper_table(perplexity_rows(job, records)),
     ]
-    if options.preset == "paper":
-        theirs = [["AdamW", PAPER_PERPLEXITIES[0]], ["LBW-Guard", PAPER_PERPLEXITIES[1]]]
-        tables.append(Table("The paper's, at its reference setting", ["method", "paper"], theirs))
     lab.publish(
         "Seeds",
         f"How far apart do fine-tunes of {job.base.name} end that differ in their seed only? "

@@ -8,6 +8,7 @@ from experiments import jobs
 from experiments.jobs import Job
 from experiments.lab import Arguments, Lab, Methods, at_rates, perplexities
 from experiments.methods import ADAMW, GUARD, baselines, chosen
+from experiments.paper import paper_table, perplexity_rows
 from experiments.report import Table, guard_table, number
 
 
@@ -61,12 +62,13 @@ def sizes(options: Arguments, methods: Methods = ()) -> None:
     """
     lab = Lab("sizes", options, PRESETS)
     config = lab.config
-    columns, guarded = {}, {}
+    columns, guarded, beside = {}, {}, []
     for size, job in config.sizes.items():
         compared = chosen(methods, config.methods, baselines(job.steps))
         runs = at_rates(job, compared, config.multiples, prefix=f"{size}, ")
         zero_step = lab.zero_step(job)
         records = lab.measure(job, runs, compared)
+        beside += perplexity_rows(job, records)
         for multiple in config.multiples:
             column = f"{size}, {multiple:g}x"
             columns[column] = {"zero-step": number(zero_step)} | {
@@ -78,7 +80,7 @@ def sizes(options: Arguments, methods: Methods = ()) -> None:
         [method, *(column[method] for column in columns.values())]
         for method in next(iter(columns.values()))
     ]
-    tables = [Table("Held-out perplexity", ["method", *columns], rows)]
+    tables = [Table("Held-out perplexity", ["method", *columns], rows), *paper_table(beside)]
     if guarded:
         tables.append(guard_table(guarded))
     lab.publish(
