@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 
@@ -26,6 +27,8 @@ SUITES = {
 }
 """Name on the command line -> the suite; its arguments and their help come from its signature."""
 
+_CANNOT_WRITE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs a suite.
@@ -41,8 +44,10 @@ def main(args: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except PermissionError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        print(f"error: {error.filename or 'results'}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(

@@ -1,17 +1,20 @@
 """The suite lr-stress at a size that takes seconds: files, resume, reuse, errors."""
 
 import csv
+import errno
 import json
 import math
 import os
 import re
 import shutil
 
+import orbax.checkpoint as ocp
 import pytest
 from suite_helpers import CHUNK, TINY_JOB
 
 from experiments import plots
 from experiments.__main__ import main
+from experiments.checkpoint import Checkpoints
 from experiments.errors import UserError
 from experiments.results import Results
 from experiments.suites import lr_stress
@@ -313,6 +316,24 @@ class TestErrors:
         monkeypatch.setattr(os, "scandir", refused)
         line = error("--data", str(tmp_path / "text"))
         assert line == f"error: {tmp_path / 'text' / 'private'}: Permission denied"
+
+    def test_full_disk(self, tmp_path, capsys, monkeypatch):
+        def full(*_, **__):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Results, "_append", full)
+        assert run(tmp_path) == 2
+        *_, line = capsys.readouterr().err.splitlines()
+        assert line == "error: results: No space left on device"
+
+    def test_full_disk_for_a_checkpoint(self, tmp_path, monkeypatch):
+        def full(*_, **__):
+            raise ValueError("RESOURCE_EXHAUSTED: Error writing, and a thousand words")
+
+        monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+        checkpoints = Checkpoints(tmp_path)
+        with pytest.raises(UserError, match=f"^{tmp_path}: no space left for a checkpoint$"):
+            checkpoints.save(1, {})
 
     def test_damaged_metrics(self, tmp_path):
         results = Results(tmp_path, {}, fresh=False)

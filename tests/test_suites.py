@@ -186,6 +186,18 @@ def test_seeds_differ(results):
     assert first != second
 
 
+def test_a_report_counts_the_seconds_of_its_own_runs(results, tmp_path, monkeypatch):
+    monkeypatch.setitem(seeds.PRESETS, "tiny", TINY[seeds])
+    folder = shutil.copytree(results / "seeds", tmp_path / "seeds") / "tiny"
+    runs = json.loads((folder / "runs.json").read_text())
+    for name, record in runs.items():
+        record["seconds"] = 10.0 if name.endswith("seed 1") else 1000.0
+    (folder / "runs.json").write_text(json.dumps(runs))
+    options = ["--preset", "tiny", "--results", str(tmp_path)]
+    assert main(["seeds", "--seeds", "1", *options]) == 0
+    assert "training: 20 s in all" in (folder / "report.md").read_text()  # AdamW and the guard.
+
+
 def test_a_fault_reaches_the_run_and_the_guard_carries_it(results):
     rows = _rows(results, "failures")
     assert rows[f"{FAULT}: AdamW, seed 0"]["heldout_loss"] == ""
