@@ -27,7 +27,8 @@ SUITES = {
 }
 """Name on the command line -> the suite; its arguments and their help come from its signature."""
 
-_CANNOT_WRITE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+"""What a file system says no with: permissions, a full disk, one that is read-only."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -45,7 +46,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
+        if error.errno not in _REFUSED:
             raise
         print(f"error: {error.filename or 'results'}: {error.strerror}", file=sys.stderr)
         return 2
