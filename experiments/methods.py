@@ -178,6 +178,21 @@ def baselines(steps: int) -> dict[str, Method]:
     }
 
 
+def baselines_and(steps: int, more: Mapping[str, Method]) -> dict[str, Method]:
+    """Every method that the suites compare, and those that one suite alone has.
+
+    Args:
+      steps: Length of the runs, for schedules.
+      more: Name -> method, of those that the suite alone has.
+
+    Returns:
+      Name -> method; AdamW first, the guard last.
+    """
+    peers = dict(baselines(steps))
+    guarded = peers.pop(GUARD)
+    return {**peers, **more, GUARD: guarded}
+
+
 def chosen(
     names: Sequence[str], default: Sequence[str], known: Mapping[str, Method]
 ) -> dict[str, Method]:

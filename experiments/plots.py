@@ -207,14 +207,15 @@ def histograms(samples: Mapping[str, Sequence[float | None]], label: str) -> byt
     everything = np.concatenate(list(found.values()))
     edges = np.geomspace(np.nanmin(everything), np.nanmax(everything) * 1.001, 41)
     with plt.rc_context(_STYLE):
-        figure, column = plt.subplots(
-            len(found), 1, figsize=(7, 1 + 0.9 * len(found)), sharex=True, layout="constrained"
+        size = (7, 1 + 0.9 * len(found))
+        figure, rows = plt.subplots(
+            len(found), figsize=size, sharex=True, squeeze=False, layout="constrained"
         )
-        for axes, (name, values) in zip(column, found.items(), strict=True):
+        for axes, (name, values) in zip(rows[:, 0], found.items(), strict=True):
             axes.hist(values, bins=edges, color=_OURS if name.startswith("guard") else "0.55")
             axes.set(xscale="log", yticks=[])
             axes.set_title(name, loc="left", fontsize=9)
-        column[-1].set_xlabel(label)
+        rows[-1, 0].set_xlabel(label)
         return _png(figure)
 
 

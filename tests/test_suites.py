@@ -212,6 +212,19 @@ def test_clipping_reports_gradient_norms_before_clipping(results):
     assert "| clip 0.1 |" in report
 
 
+def test_clipping_compares_what_else_is_asked_for(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("LBW_OPTAX_CACHE", str(cache))
+    monkeypatch.setitem(clipping.PRESETS, "tiny", TINY[clipping])
+    options = ["--preset", "tiny", "--results", str(tmp_path)]
+    assert main(["clipping", "--methods", methods.LOWER, *options]) == 0
+    rows = _rows(tmp_path, "clipping")
+    tenth, healthy = (
+        float(rows[f"{run}, seed 0"]["heldout_loss"]) for run in (methods.LOWER, "AdamW at 1x")
+    )
+    assert tenth == pytest.approx(healthy, abs=1e-4)
+    assert "What the guard did" not in (tmp_path / "clipping" / "tiny" / "report.md").read_text()
+
+
 def test_a_healthy_path_is_identical(results):
     runs = json.loads((results / "neutrality" / "tiny" / "runs.json").read_text())
     assert all(stop["identical"] for stop in runs["paths at 0.5x, seed 0"]["stops"])

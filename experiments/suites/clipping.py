@@ -9,8 +9,8 @@ import optax
 from experiments import jobs, peers, plots
 from experiments.finetune import Run
 from experiments.jobs import Job
-from experiments.lab import Arguments, Lab, perplexities
-from experiments.methods import ADAMW, GUARD, Method, adamw, guard
+from experiments.lab import Arguments, Lab, Methods, perplexities
+from experiments.methods import ADAMW, GUARD, Method, adamw, baselines_and, chosen
 from experiments.paper import paper_table, perplexity_rows
 from experiments.report import Table, guard_table, number
 
@@ -38,20 +38,24 @@ PRESETS = {
 """Name -> settings."""
 
 
-def clipping(options: Arguments) -> None:
+def clipping(options: Arguments, methods: Methods = ()) -> None:
     """Clips gradients at a stressed learning rate, in five ways, beside the guard.
 
     Args:
       options: What every suite asks.
+      methods: What is compared.
     """
     lab = Lab("clipping", options, PRESETS)
     job = lab.config.job
-    methods = clippers(lab.config.norms)
+    clips = clippers(lab.config.norms)
+    known = baselines_and(job.steps, clips)
+    del known["AdamW + clip"]  # It is one of those by norm.
+    compared = chosen(methods, (ADAMW, *clips, GUARD), known)
     rate = job.rate(lab.config.multiple)
-    runs = {name: Run(name, name, rate) for name in methods}
+    runs = {name: Run(name, name, rate) for name in compared}
     healthy = Run("AdamW at 1x", ADAMW, job.reference_lr)
     zero_step = lab.zero_step(job)
-    records = lab.measure(job, {healthy.name: healthy, **runs}, methods)
+    records = lab.measure(job, {healthy.name: healthy, **runs}, known)
     norms = {
         name: [row["grad_norm"] for row in lab.folder.metrics(*lab.names(run))]
         for name, run in runs.items()
@@ -62,27 +66,29 @@ def clipping(options: Arguments) -> None:
     ]
     stressed = {(name, lab.config.multiple): records[name] for name in runs}
     rows.append([healthy.name, perplexities(records[healthy.name]), "", "", ""])
+    tables = [
+        Table(
+            f"Held-out perplexity (zero-step {number(zero_step)}) and gradient norms",
+            ["method", "perplexity", "norm, first quartile", "median", "third quartile"],
+            rows,
+            "Norms are of the gradients as the model gives them, before clipping.",
+        ),
+        *paper_table(perplexity_rows(job, stressed)),
+    ]
+    if GUARD in compared:
+        tables.append(guard_table({GUARD: records[GUARD]}))
     lab.publish(
         "Clipping against the guard",
         f"Does clipping help {job.base.name} at {lab.config.multiple:g}x its reference learning "
         f"rate ({rate:g})? Adam divides by the size of past gradients: a gradient that is clipped "
         "at every step gives the same step. What is left of clipping is what it does to outliers.",
-        [
-            Table(
-                f"Held-out perplexity (zero-step {number(zero_step)}) and gradient norms",
-                ["method", "perplexity", "norm, first quartile", "median", "third quartile"],
-                rows,
-                "Norms are of the gradients as the model gives them, before clipping.",
-            ),
-            *paper_table(perplexity_rows(job, stressed)),
-            guard_table({GUARD: records[GUARD]}),
-        ],
+        tables,
         {"gradient_norms.png": plots.histograms(norms, "gradient norm")},
     )
 
 
 def clippers(norms: tuple[float, ...]) -> dict[str, Method]:
-    """AdamW behind each way of clipping, AdamW itself and the guard.
+    """AdamW behind each way of clipping that is compared with the guard.
 
     Args:
       norms: Norms that the whole gradient is clipped to.
@@ -95,9 +101,7 @@ def clippers(norms: tuple[float, ...]) -> dict[str, Method]:
         return lambda learning_rate: optax.chain(clip, adamw(learning_rate))
 
     return {
-        ADAMW: adamw,
         **{f"clip {norm:g}": behind(optax.clip_by_global_norm(norm)) for norm in norms},
         f"AGC {AGC_CLIPPING:g}": behind(peers.per_layer(optax.adaptive_grad_clip(AGC_CLIPPING))),
         "ZClip": behind(peers.zclip()),
-        GUARD: guard,
     }

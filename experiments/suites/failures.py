@@ -20,7 +20,7 @@ from experiments.methods import (
     Method,
     adamw,
     at_one,
-    baselines,
+    baselines_and,
     chosen,
     only_finite,
 )
@@ -102,9 +102,7 @@ def failures(options: Arguments, methods: Methods = ()) -> None:
     """
     lab = Lab("failures", options, PRESETS)
     config = lab.config
-    peers = dict(baselines(config.job.steps))
-    guard = peers.pop(GUARD)
-    compared = chosen(methods, config.methods, {**peers, **IF_FINITE, GUARD: guard})
+    compared = chosen(methods, config.methods, baselines_and(config.job.steps, IF_FINITE))
     zero_step = lab.zero_step(config.job)
     faults: dict[str, Fault | None] = {**drills(config.job.steps), "none": None}
     records: dict[str, dict[str, list[Record]]] = {}

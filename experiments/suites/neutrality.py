@@ -74,7 +74,7 @@ def neutrality(options: Arguments) -> None:
 def _ablation(lab: Lab[NeutralityConfig]) -> tuple[Table, dict[str, list[float]]]:
     """Held-out perplexity with sensors and actions switched off; gradient norms of whole runs."""
     config, job = lab.config, lab.config.job
-    methods: dict[str, Method] = {ADAMW: adamw, GUARD: guard}
+    methods: dict[str, Method] = {ADAMW: adamw, GUARD: guard, "no loss given": _guard_without_loss}
     for name, changes in SWITCHED_OFF.items():
         methods[name] = functools.partial(_guard_with, lbw_optax.Law(**changes))
     runs = {
@@ -89,7 +89,7 @@ def _ablation(lab: Lab[NeutralityConfig]) -> tuple[Table, dict[str, list[float]]
         f"Held-out perplexity without a sensor or an action (zero-step {number(zero_step)})",
         ["guard", *(f"{multiple:g}x" for multiple in config.multiples)],
         rows,
-        "Rows below the second are the guard with something switched off.",
+        "Rows below the second are the guard with something switched off or kept from it.",
     )
     norms = {
         f"{name} at {multiple:g}x": [
@@ -103,6 +103,11 @@ def _ablation(lab: Lab[NeutralityConfig]) -> tuple[Table, dict[str, list[float]]
 
 def _guard_with(law: lbw_optax.Law, learning_rate: Any) -> optax.GradientTransformation:
     return lbw_optax.guard(adamw(learning_rate), law=law)
+
+
+def _guard_without_loss(learning_rate: Any) -> optax.GradientTransformation:
+    inner = guard(learning_rate)
+    return optax.GradientTransformation(inner.init, lambda u, s, p=None: inner.update(u, s, p))
 
 
 def _paths(lab: Lab[NeutralityConfig]) -> list[Table]:
