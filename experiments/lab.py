@@ -21,6 +21,7 @@ from experiments.errors import UserError, checked_seeds, preset_of
 from experiments.finetune import Finetune, Run
 from experiments.jobs import Job
 from experiments.methods import RATE_FREE, Method
+from experiments.models.hf import revision
 from experiments.models.sharding import make_mesh, on_mesh
 from experiments.pretrain import text_to_train_on
 from experiments.report import Table, number, with_spread, write_report
@@ -135,13 +136,17 @@ class Lab(Generic[Config]):
                 loss = finetune.heldout_loss(start.params, start.frozen)
             if not math.isfinite(loss):
                 raise UserError(f"{job.base.name}: its held-out loss is {loss} before any training")
-            self.folder.finish(name, {"heldout_loss": loss, **model})
+            # Asked again: the hub's files may have come in between.
+            self.folder.finish(name, {"heldout_loss": loss, **self._fingerprint(job)})
         return perplexity(self.folder.runs[name])
 
     def _fingerprint(self, job: Job) -> dict[str, str]:
-        """What tells a checkpoint of the user's own from another, as a part of a record."""
-        if self.options.models is None or job.base.recipe is not None:
+        """What tells a checkpoint that was not made here from another, as a part of a record."""
+        if job.base.recipe is not None:
             return {}
+        if self.options.models is None:
+            commit = revision(job.base.name)
+            return {"model": commit} if commit else {}
         folder = Path(checkpoint(job, self.options.models))
         return {"model": fingerprint(folder)} if folder.is_dir() else {}
 

@@ -6,7 +6,7 @@ import sys
 
 import datasets
 import pytest
-from hub import serving
+from hub import COMMIT, serving
 from model_helpers import QWEN, decoder, write_tokenizer
 
 from experiments.models.hf import save_pretrained
@@ -14,10 +14,11 @@ from experiments.models.hf import save_pretrained
 PROGRAM = """
 from experiments.corpus import wikitext
 from experiments.errors import UserError
-from experiments.models.hf import load_pretrained
+from experiments.models.hf import load_pretrained, revision
 from experiments.tokenization import load_tokenizer
 
 print(load_pretrained("someone/tiny").config.hidden_size)
+print(revision("someone/tiny"), revision("someone/absent"))
 print(load_tokenizer("someone/tiny").encode_batch(["a b"])[0].tolist())
 corpus = wikitext(103)
 print({split: list(corpus.documents(split)) for split in corpus.splits})
@@ -68,7 +69,7 @@ def test_everything_is_downloaded_once(root, tmp_path):
     with serving(root) as address:
         *found, absent = load_all(address, tmp_path / "home")
     documents = {split: [" = Title = \n \nSome text.\n"] for split in SPLITS}
-    assert found == [str(QWEN.hidden_size), "[2, 3]", str(documents)]
+    assert found == [str(QWEN.hidden_size), f"{COMMIT} None", "[2, 3]", str(documents)]
     assert absent.startswith("someone/absent: neither a folder nor a repository that the hub gave")
     # The hub is gone, and its files are here.
     *again, _ = load_all(address, tmp_path / "home")

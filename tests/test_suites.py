@@ -8,6 +8,7 @@ import re
 import shutil
 import types
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -231,8 +232,9 @@ def test_a_healthy_path_is_identical(results):
     assert not any(stop["identical"] for stop in runs["paths at 100x, seed 0"]["stops"])
 
 
-def test_a_checkpoint_and_a_text_from_folders(tmp_path, cache, monkeypatch, capsys):
-    """What the preset `paper` does, with a model and a tokenizer made here."""
+@pytest.fixture
+def own(tmp_path, cache, monkeypatch):
+    """Folders of a model, with its tokenizer, and of a text; a preset that fine-tunes the one."""
     documents = [f"Line {i} of {i * i}.\n" for i in range(200)]
     bpe = tokenizers.ByteLevelBPETokenizer()
     bpe.train_from_iterator(documents, vocab_size=300, special_tokens=["<|endoftext|>"])
@@ -249,10 +251,15 @@ def test_a_checkpoint_and_a_text_from_folders(tmp_path, cache, monkeypatch, caps
     job = dataclasses.replace(TINY_JOB, base=jobs.Base("someone/tiny"), stride=8)
     monkeypatch.setenv("LBW_OPTAX_CACHE", str(cache))
     monkeypatch.setitem(lr_stress.PRESETS, "tiny", lr_stress.LrStressConfig(job, (10,)))
-    options = ["--preset", "tiny", "--results", str(tmp_path), "--data", str(text)]
+    return types.SimpleNamespace(config=config, folder=folder, text=text)
+
+
+def test_a_checkpoint_and_a_text_from_folders(own, tmp_path, capsys):
+    """What the preset `paper` does, with a model and a tokenizer made here."""
+    options = ["--preset", "tiny", "--results", str(tmp_path), "--data", str(own.text)]
     command = ["lr-stress", "--methods", "AdamW", *options]
-    command += ["--models", str(tmp_path / "models")]
-    assert main([*command, "--pretrain-data", str(text)]) == 2
+    command += ["--models", str(own.folder.parent)]
+    assert main([*command, "--pretrain-data", str(own.text)]) == 2
     assert "someone/tiny is trained already" in capsys.readouterr().err
     assert main(command) == 0
     rows = _rows(tmp_path, "lr_stress")
@@ -261,11 +268,31 @@ def test_a_checkpoint_and_a_text_from_folders(tmp_path, cache, monkeypatch, caps
 
     # Another model in the same place is not taken for this one.
     assert main(command) == 0
-    save_pretrained(Decoder(config, rngs=nnx.Rngs(1)), folder)
+    save_pretrained(Decoder(own.config, rngs=nnx.Rngs(1)), own.folder)
     assert main(command) == 2
     assert "holds results of another someone/tiny" in capsys.readouterr().err
-    shutil.rmtree(folder)
+    shutil.rmtree(own.folder)
     assert main(command) == 0  # What is finished is printed without it.
+
+
+def test_results_know_the_revision_that_the_hub_gave(own, tmp_path, monkeypatch, capsys):
+    kept = []
+
+    def download(name, allow_patterns):
+        kept[:] = ["commit"]
+        return str(own.folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr("experiments.models.hf.snapshot_download", download)
+    monkeypatch.setattr("experiments.lab.revision", lambda name: kept[0] if kept else None)
+    options = ["--preset", "tiny", "--results", str(tmp_path), "--data", str(own.text)]
+    command = ["lr-stress", "--methods", "AdamW", *options]
+    assert main(command) == 0
+    assert _rows(tmp_path, "lr_stress")["zero-step, someone/tiny, LoRA"]["model"] == "commit"
+    assert main(command) == 0
+    kept[:] = ["another"]
+    assert main(command) == 2
+    assert "holds results of another someone/tiny" in capsys.readouterr().err
 
 
 def test_eight_devices_end_as_one(results, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from jax.sharding import Mesh
 
 from experiments.errors import UserError, reading
@@ -68,6 +68,12 @@ def load_pretrained(
 
     nnx.update(model, read_params(nnx.state(model), files, mesh=mesh, ignored=ignored))
     return model
+
+
+def revision(source: str) -> str | None:
+    """The commit of a hub's repository whose files are kept here; None where none are."""
+    found = try_to_load_from_cache(source, CONFIG)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def save_pretrained(model: Decoder, folder: str | Path) -> None:
