@@ -91,6 +91,8 @@ def load_adapters(model: Decoder, folder: str | Path, *, mesh: Mesh | None = Non
     file = folder / CONFIG
     with reading(file):
         config = json.loads(file.read_text())
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: is no mapping")
     targets = config.get("target_modules")
     for name, allowed in {"peft_type": ("LORA",), **_OFF}.items():
         if config.get(name, allowed[0]) not in allowed:
@@ -104,15 +106,16 @@ def load_adapters(model: Decoder, folder: str | Path, *, mesh: Mesh | None = Non
     missing = [name for name in ("r", "lora_alpha") if name not in config]
     if missing:
         raise UserError(f"{file}: lacks {', '.join(missing)}")
-    add_lora(
-        model,
-        config["r"],
-        config["lora_alpha"],
-        dropout=config.get("lora_dropout", 0.0),
-        targets=targets,
-        # Only dropout keeps something of these: where its masks start from.
-        rngs=nnx.Rngs(0),
-    )
+    with reading(file):
+        add_lora(
+            model,
+            config["r"],
+            config["lora_alpha"],
+            dropout=config.get("lora_dropout", 0.0),
+            targets=targets,
+            # Only dropout keeps something of these: where its masks start from.
+            rngs=nnx.Rngs(0),
+        )
     adapters = nnx.state(model, nnx.LoRAParam)
     nnx.update(model, read_params(adapters, [folder / WEIGHTS], mesh=mesh))
     return model

@@ -33,6 +33,8 @@ from experiments.locks import claim
 _CONFIG, _METRICS, _EVENTS, _RUNS = "config.json", "metrics.jsonl", "events.jsonl", "runs.json"
 _ROWS = "rows.jsonl"
 _CHECKPOINTS = "checkpoints"
+_KEYS = {_METRICS: {"run", "step"}, _EVENTS: {"run"}, _ROWS: {"cell"}}
+"""What each object of a file has."""
 _MEASURED = (_METRICS, _EVENTS, _RUNS, _ROWS, _CHECKPOINTS)
 
 
@@ -169,10 +171,8 @@ class Results:
             (self.folder / name).unlink(missing_ok=True)
 
     def _read_json(self, name: str, default: Any) -> Any:
-        path = self.folder / name
-        if self._stale or not path.exists():
-            return default
-        return self._parse(name, path.read_text())
+        text = self._read(name)
+        return default if text is None else self._parse(name, text)
 
     def _read_jsonl(self, name: str) -> list[dict[str, Any]]:
         return [self._parse(name, line) for line in self._lines(name)[:-1]]
@@ -182,16 +182,20 @@ class Results:
             found = json.loads(text)
         except ValueError as error:
             raise self.damaged(name) from error
-        if not isinstance(found, dict):
+        if not isinstance(found, dict) or not _KEYS.get(name, set()) <= found.keys():
             raise self.damaged(name)
         return found
 
     def _lines(self, name: str) -> list[str]:
         """The lines of a file; the last is empty, or one that a killed job did not finish."""
+        return (self._read(name) or "").split("\n")
+
+    def _read(self, name: str) -> str | None:
+        """A file of this job, if there is one; bytes that are no text will not parse."""
         path = self.folder / name
         if self._stale or not path.exists():
-            return [""]
-        return path.read_text().split("\n")
+            return None
+        return path.read_text(errors="replace")
 
     def _filter(self, name: str, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
         *lines, torn = self._lines(name)

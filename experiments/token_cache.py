@@ -4,6 +4,7 @@ A folder per content and tokenizer, in the cache folder:
 
 - `tokens.bin`: the token ids of all documents, one after the other.
 - `bounds.npy`: where each document starts, and where the last ends.
+- `tokens.crc32`: the checksum of `tokens.bin`, decimal.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +26,7 @@ from experiments.corpus import Documents
 from experiments.errors import UserError
 from experiments.tokenization import Tokenizer
 
-_TOKENS, _BOUNDS = "tokens.bin", "bounds.npy"
+_TOKENS, _BOUNDS, _CHECKSUM = "tokens.bin", "bounds.npy", "tokens.crc32"
 
 _BATCH_CHARACTERS = 2**20
 """Text that the tokenizer gets at once: enough for all cores, little memory."""
@@ -71,18 +73,20 @@ def tokenized(documents: Documents, tokenizer: Tokenizer) -> TokenStream:
 
 
 def _read(folder: Path, dtype: type) -> TokenStream | None:
-    """The tokens of a cache, if it is there and whole: a full disk or a copy may cut it."""
+    """The tokens of a cache if it is there and whole: crashes, full disks and copies harm it."""
     try:
         bounds = np.load(folder / _BOUNDS)
         tokens = np.memmap(folder / _TOKENS, dtype, "r")
-    except (OSError, ValueError, EOFError):
+        checksum = int((folder / _CHECKSUM).read_text())
+        whole = len(tokens) == bounds[-1] and zlib.crc32(tokens) == checksum
+    except Exception:  # Whatever NumPy makes of a damaged file.
         return None
-    return TokenStream(tokens, bounds[:-1]) if len(tokens) == bounds[-1] else None
+    return TokenStream(tokens, bounds[:-1]) if whole else None
 
 
 def _write(documents: Documents, tokenizer: Tokenizer, dtype: type, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lengths = []
+    lengths, checksum = [], 0
     # Made elsewhere and moved when finished: an interruption leaves nothing behind.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
         made = Path(unfinished, folder.name)
@@ -99,10 +103,13 @@ def _write(documents: Documents, tokenizer: Tokenizer, dtype: type, folder: Path
         ):
             for texts in _batches(documents):
                 for ids in tokenizer.encode_batch(texts):
-                    np.concatenate([[tokenizer.separator], ids]).astype(dtype).tofile(file)
+                    tokens = np.concatenate([[tokenizer.separator], ids]).astype(dtype)
+                    tokens.tofile(file)
+                    checksum = zlib.crc32(tokens, checksum)
                     lengths.append(len(ids) + 1)
                 progress.update(sum(map(len, texts)))
         np.save(made / _BOUNDS, np.cumsum([0, *lengths]))
+        (made / _CHECKSUM).write_text(f"{checksum}\n")
         try:
             os.replace(made, folder)
         except OSError:

@@ -117,6 +117,11 @@ def test_what_other_writers_leave_in_is_ignored(folder):
         ({"model_type": "llama", "attention_bias": True}, "attention_bias=True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config="),
         ({"rms_norm_eps": None}, "rms_norm_eps=None: must be a number"),
+        ({"hidden_size": 16.0}, "hidden_size=16.0: must be a positive integer"),
+        (
+            {"head_dim": None, "num_attention_heads": 0},
+            "num_attention_heads=0: must be a positive integer",
+        ),
         ({"num_key_value_heads": 3}, r"config.json: num_attention_heads \(4\) must be a multiple"),
     ],
 )

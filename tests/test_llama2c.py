@@ -115,6 +115,15 @@ def test_file_is_read_back(tmp_path, tied):
         load_llama2c(tmp_path / "model.bin")
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1056540\n"]
+)
+def test_a_file_of_another_format_is_named(tmp_path, content):
+    (tmp_path / "model.bin").write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.bin: is no llama2\.c model \(.+\)$"):
+        load_llama2c(tmp_path / "model.bin")
+
+
 @pytest.mark.parametrize("rest", [b"half", struct.pack("<fi", 0.0, 9) + b"a piece"])
 def test_damaged_tokenizer_is_named(tmp_path, rest):
     file = tmp_path / "tok.bin"

@@ -335,9 +335,10 @@ class TestErrors:
         with pytest.raises(UserError, match=f"^{tmp_path}: no space left for a checkpoint$"):
             checkpoints.save(1, {})
 
-    def test_damaged_metrics(self, tmp_path):
+    @pytest.mark.parametrize("row", [b'{"run": "a", "st', b"\xff\xfe", b"{}"])
+    def test_damaged_metrics(self, tmp_path, row):
         results = Results(tmp_path, {}, fresh=False)
-        (tmp_path / "metrics.jsonl").write_text('{"run": "a", "st\n{"run": "a", "step": 2}\n')
+        (tmp_path / "metrics.jsonl").write_bytes(row + b'\n{"run": "a", "step": 2}\n')
         for read in (lambda: results.start("a", 1), lambda: results.metrics("a")):
             with pytest.raises(UserError, match=r"metrics\.jsonl is damaged: use --fresh"):
                 read()

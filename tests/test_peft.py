@@ -92,6 +92,8 @@ def test_both_directions_with_peft(tmp_path, config):
         ({"target_modules": "all-linear"}, "target_modules='all-linear'"),
         ({"target_modules": ["lm_head"]}, f"must be a list of {', '.join(TARGETS)}"),
         ({"r": RANK + 1}, r"lora_A\.weight has the shape"),
+        ({"r": 0}, r"adapter_config\.json: cannot be read \(rank=0: must be at least 1\)"),
+        ({"lora_alpha": None}, r"adapter_config\.json: cannot be read"),
     ],
 )
 def test_other_adapters_are_refused(tmp_path, change, message):
@@ -112,6 +114,9 @@ def test_adapters_of_two_kinds(tmp_path):
         save_adapters(model, tmp_path)
     (tmp_path / peft_format.CONFIG).write_text('{"target_modules": ["q_proj"]}')
     with pytest.raises(UserError, match="lacks r, lora_alpha"):
+        load_adapters(decoder(QWEN), tmp_path)
+    (tmp_path / peft_format.CONFIG).write_text("[]")
+    with pytest.raises(UserError, match=r"adapter_config\.json: is no mapping"):
         load_adapters(decoder(QWEN), tmp_path)
 
 

@@ -61,12 +61,21 @@ def test_tokenises_once_per_content_and_tokenizer(cache):
     assert len(list(cache.iterdir())) == 3
 
 
-@pytest.mark.parametrize("file", ["tokens.bin", "bounds.npy"])
-def test_a_cache_that_was_cut_is_made_again(cache, file):
+@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda _: b""])
+@pytest.mark.parametrize("file", ["tokens.bin", "bounds.npy", "tokens.crc32"])
+def test_a_cache_that_was_cut_is_made_again(cache, file, damage):
     whole = tokenized(from_list(["one", "two"]), ByteTokenizer()).tokens.tolist()
     (folder,) = cache.iterdir()
     content = (folder / file).read_bytes()
-    (folder / file).write_bytes(content[: len(content) // 2])
+    (folder / file).write_bytes(damage(content))
+    assert tokenized(from_list(["one", "two"]), ByteTokenizer()).tokens.tolist() == whole
+
+
+def test_a_cache_with_other_tokens_is_made_again(cache):
+    whole = tokenized(from_list(["one", "two"]), ByteTokenizer()).tokens.tolist()
+    (folder,) = cache.iterdir()
+    size = (folder / "tokens.bin").stat().st_size
+    (folder / "tokens.bin").write_bytes(bytes(size))
     assert tokenized(from_list(["one", "two"]), ByteTokenizer()).tokens.tolist() == whole
 
 

@@ -101,10 +101,15 @@ class DecoderConfig:
         shape = {name: config[name] for name in names & config.keys()}
         if "rope_theta" in rope:
             shape["rope_theta"] = rope["rope_theta"]
+        if shape.get("head_dim", 0) is None:
+            del shape["head_dim"]
+        integers = {field.name for field in fields if field.type == "int"}
         for name, value in shape.items():
-            if not isinstance(value, int | float) and (name, value) != ("head_dim", None):
+            if name in integers and not (isinstance(value, int) and value > 0):
+                raise UserError(f"config.json: {name}={value!r}: must be a positive integer")
+            if not isinstance(value, int | float):
                 raise UserError(f"config.json: {name}={value!r}: must be a number")
-        if shape.get("head_dim") is None:
+        if "head_dim" not in shape:
             shape["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
         # Qwen2's file does not say that its q, k and v have a bias: the model class does.
         shape["attention_bias"] = family == "qwen2"

@@ -41,25 +41,25 @@ def load_llama2c(file: str | Path, *, dtype: jnp.dtype = jnp.float32) -> Decoder
       The model.
 
     Raises:
-      UserError: The file's size does not fit its header.
+      UserError: The file is of another format, or its size does not fit its header.
     """
     content = _read(file)
-    with reading(file):
+    with reading(file, "is no llama2.c model"):
         d, f, layers, n, k, v, seq_len = np.frombuffer(content[:28], "<i4").tolist()
         h = d // n
-    config = DecoderConfig(
-        hidden_size=d,
-        intermediate_size=f,
-        num_hidden_layers=layers,
-        num_attention_heads=n,
-        num_key_value_heads=k,
-        head_dim=h,
-        vocab_size=abs(v),
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=v > 0,
-        attention_bias=False,
-        max_position_embeddings=seq_len,
-    )
+        config = DecoderConfig(
+            hidden_size=d,
+            intermediate_size=f,
+            num_hidden_layers=layers,
+            num_attention_heads=n,
+            num_key_value_heads=k,
+            head_dim=h,
+            vocab_size=abs(v),
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=v > 0,
+            attention_bias=False,
+            max_position_embeddings=seq_len,
+        )
     # Shapes in the order of the file, kernels as (outputs, inputs).
     shapes = {
         "embed_tokens.embedding": (abs(v), d),
