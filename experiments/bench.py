@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from experiments.environment import described, made_with
-from experiments.errors import checked_seeds, preset_of
+from experiments.errors import check_names, checked_seeds, preset_of
 from experiments.methods import Method
 from experiments.presets import BenchPreset
 from experiments.report import Table, write_report
 from experiments.results import Results
 from experiments.sweep import sweep
-from experiments.tasks import Task, language_tasks
+from experiments.tasks import TASKS, Task, language_tasks
 
 Row = dict[str, Any]
 
@@ -53,6 +53,7 @@ class Bench:
       suite: Name of the suite.
       preset: Name of its size.
       presets: Name -> size.
+      tasks: Names of the language-model tasks to measure on.
       seeds: Seeds of the runs; empty for the preset's.
       results: Folder for the results; the suite writes to SUITE/PRESET in it.
       fresh: Whether to start over.
@@ -63,10 +64,13 @@ class Bench:
         suite: str,
         preset: str,
         presets: Mapping[str, Callable[[], BenchPreset]],
+        tasks: tuple[str, ...],
         seeds: tuple[int, ...],
         results: Path,
         fresh: bool,
     ):
+        check_names("--tasks", tasks, TASKS)
+        self.tasks = tuple(name for name in TASKS if name in tasks)
         chosen = preset_of(presets, preset)()
         self.preset = dataclasses.replace(chosen, seeds=checked_seeds(seeds) or chosen.seeds)
         config = described(suite, preset, self.preset)

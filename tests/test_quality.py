@@ -21,7 +21,7 @@ from experiments.methods import baselines
 from experiments.models.config import DecoderConfig
 from experiments.models.decoder import Decoder
 from experiments.sections import drills, idle, optimizers, problems, stress
-from experiments.suites import quality, study
+from experiments.suites import study
 
 TINY = presets.BenchPreset(
     model=DecoderConfig(8, 16, 1, 2, 1, 4, vocab_size=256),
@@ -41,7 +41,6 @@ TINY = presets.BenchPreset(
     problem_steps=50,
     heldout_windows=2,
 )
-TASK = ("scratch",)
 
 pytestmark = pytest.mark.usefixtures("cheap_compilation")
 
@@ -72,10 +71,6 @@ def tiny(monkeypatch):
     monkeypatch.setattr(bench, "language_tasks", lambda preset, names: {"scratch": BIGRAM})
     monkeypatch.setitem(presets.QUALITY_PRESETS, "tiny", lambda: TINY)
     monkeypatch.setitem(presets.STUDY_PRESETS, "tiny", lambda: TINY)
-    for section in (quality.stress, quality.schedules):
-        monkeypatch.setattr(section, "__defaults__", (TASK,))
-    for section in (idle, drills):
-        monkeypatch.setattr(section, "TASKS", TASK)
     names = ("AdamW", "AdamW, LR / 10", "Prodigy", "schedule-free AdamW", "guard(AdamW)")
     methods = {name: baselines(TINY.steps)[name] for name in names}
     monkeypatch.setattr(stress, "baselines", lambda steps: methods)
@@ -89,7 +84,7 @@ def tiny(monkeypatch):
 
 
 def test_quality(tmp_path, capsys, monkeypatch):
-    command = ["quality", "--preset", "tiny", "--results", str(tmp_path)]
+    command = ["quality", "--preset", "tiny", "--results", str(tmp_path), "--tasks", "scratch"]
     assert main(command) == 0
     folder = tmp_path / "quality" / "tiny"
     files = {"config.json", "report.md", "rows.jsonl", "stress.png", "summary.csv"}
@@ -108,6 +103,19 @@ def test_quality(tmp_path, capsys, monkeypatch):
     assert (folder / "rows.jsonl").read_text() == rows
     assert main([*command, "--sections", "stres"]) == 2
     assert "--sections stres: unknown" in capsys.readouterr().err
+    # The tables of some methods alone have AdamW and the guard, too.
+    assert main([*command, "--sections", "stress", "--methods", "Prodigy"]) == 0
+    table = capsys.readouterr().out
+    assert "Prodigy" in table
+    assert "schedule-free" not in table
+    for method in ("AdamW", "Prodigy", "guard(AdamW)"):
+        assert f"\n| {method} |" in (folder / "report.md").read_text()
+    assert main([*command, "--methods", "Prodigi"]) == 2
+    assert "--methods 'Prodigi': unknown" in capsys.readouterr().err
+    assert main([*command[:-1], "lore"]) == 2
+    assert "--tasks lore: unknown" in capsys.readouterr().err
+    assert main([*command[:-1], "full", "--sections", "idle", "faults"]) == 2
+    assert "nothing to measure" in capsys.readouterr().err
 
 
 def test_study(tmp_path, monkeypatch):
@@ -300,7 +308,8 @@ class TestFaults:
 
 
 def test_seeds_can_be_chosen(tmp_path, capsys):
-    chosen = bench.Bench("quality", "tiny", {"tiny": lambda: TINY}, (5,), tmp_path, False)
+    presets = {"tiny": lambda: TINY}
+    chosen = bench.Bench("quality", "tiny", presets, ("scratch",), (5,), tmp_path, False)
     assert dataclasses.replace(TINY, seeds=(5,)) == chosen.preset
     assert main(["quality", "--results", str(tmp_path), "--seeds", "1", "1"]) == 2
     assert "--seeds 1 1: must differ from each other" in capsys.readouterr().err

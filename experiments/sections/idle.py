@@ -50,13 +50,16 @@ def idle(bench: Bench) -> Findings:
     """Counts the healthy runs that the guard changed, or only acted in."""
     p = bench.preset
     found, lines = Findings([], [], []), []
+    tasks = [name for name in TASKS if name in bench.tasks]
+    if not tasks:
+        return found
     settings = [
         Setting(task, p.batch_size // divisor, p.idle_steps, p.idle_seeds)
-        for task in TASKS
+        for task in tasks
         for divisor in BATCH_DIVISORS
     ]
     settings += [
-        Setting(task, p.batch_size, p.long_idle_steps, p.long_idle_seeds) for task in TASKS
+        Setting(task, p.batch_size, p.long_idle_steps, p.long_idle_seeds) for task in tasks
     ]
     for setting in settings:
         best = adamw_best_rate(bench, setting.task)

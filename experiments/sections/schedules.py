@@ -6,7 +6,6 @@ from experiments.bench import Bar, Bench, Findings, Row, best_rate, difference, 
 from experiments.methods import Method, behind_guard, reduce_on_plateau, warmup_cosine
 from experiments.report import Table, with_spread
 from experiments.sections.stress import HEALTHY_TOLERANCE, TOLERANCE, multiples_of_best
-from experiments.tasks import TASKS
 
 
 def _methods(steps: int) -> dict[str, Method]:
@@ -17,10 +16,10 @@ def _methods(steps: int) -> dict[str, Method]:
     }
 
 
-def schedules(bench: Bench, tasks: tuple[str, ...] = TASKS) -> Findings:
+def schedules(bench: Bench) -> Findings:
     """Measures every schedule alone and in the guard, at multiples of plain AdamW's best rate."""
     found = Findings([], [], [])
-    for task in tasks:
+    for task in bench.tasks:
         rates = {r: m for r, m in multiples_of_best(bench, task).items() if m >= 1}
         lines = []
         for name, method in _methods(bench.preset.steps).items():

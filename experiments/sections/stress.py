@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from experiments.bench import (
     Bar,
@@ -14,9 +14,8 @@ from experiments.bench import (
     losses,
     mean,
 )
-from experiments.methods import ADAMW, GUARD, LOWER, RATE_FREE, Method, baselines
+from experiments.methods import ADAMW, GUARD, LOWER, RATE_FREE, baselines, chosen
 from experiments.report import Table, with_spread
-from experiments.tasks import TASKS
 
 TOLERANCE = {"lora": 0.01, "scratch": 0.02, "full": 0.02}
 """Nats that the guard may end above AdamW's best when the learning rate is too high."""
@@ -25,16 +24,21 @@ HEALTHY_TOLERANCE = 0.02
 """Nats that the guard may end above AdamW at the same learning rate, up to the best one."""
 
 
-def stress(bench: Bench, tasks: tuple[str, ...] = TASKS) -> Findings:
-    """Measures every method at multiples of AdamW's best learning rate on each task."""
+def stress(bench: Bench, methods: Sequence[str] = ()) -> Findings:
+    """Measures methods at multiples of AdamW's best learning rate on each task.
+
+    Args:
+      bench: Where to measure.
+      methods: What is compared with AdamW and the guard; empty for every peer.
+
+    Returns:
+      What was found.
+    """
     found = Findings([], [], [])
-    for name in tasks:
+    compared = _compared(bench.preset.steps, methods)
+    for name in bench.tasks:
         multiples = multiples_of_best(bench, name)
-        rows = [
-            row
-            for method in _compared(bench.preset.steps)
-            for row in _rows(bench, name, method, multiples)
-        ]
+        rows = [row for method in compared for row in _rows(bench, name, method, multiples)]
         found.rows.extend(rows)
         table, bars = _judge(name, multiples, rows)
         found.tables.append(table)
@@ -42,16 +46,14 @@ def stress(bench: Bench, tasks: tuple[str, ...] = TASKS) -> Findings:
     return found
 
 
-def _compared(steps: int) -> dict[str, Method]:
-    """Every method but AdamW at a tenth of the rate: that has a column of its own.
+def _compared(steps: int, methods: Sequence[str]) -> list[str]:
+    """The names of AdamW, of what is compared with it, and of the guard, in this order.
 
-    Args:
-      steps: Length of the runs.
-
-    Returns:
-      Name -> method.
+    AdamW at a tenth of the rate is never among them: that has a column of its own.
     """
-    return {name: method for name, method in baselines(steps).items() if name != LOWER}
+    known = {name: method for name, method in baselines(steps).items() if name != LOWER}
+    kept = {ADAMW, GUARD, *chosen(methods, tuple(known), known)}
+    return [name for name in known if name in kept]
 
 
 def adamw_best_rate(bench: Bench, name: str) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from experiments import plots
 from experiments.bench import Bench, Findings, Row, losses, mean
-from experiments.errors import check_names
+from experiments.errors import UserError, check_names
 from experiments.presets import QUALITY_PRESETS
 from experiments.sections.drills import faults
 from experiments.sections.idle import idle
@@ -16,6 +17,7 @@ from experiments.sections.optimizers import optimizers
 from experiments.sections.problems import problems
 from experiments.sections.schedules import schedules
 from experiments.sections.stress import stress
+from experiments.tasks import TASKS
 
 QUESTION = "Does one set of defaults leave healthy runs alone, and carry the others?"
 
@@ -33,6 +35,8 @@ SECTIONS: dict[str, Callable[[Bench], Findings]] = {
 def quality(
     preset: str = "nano",
     sections: tuple[str, ...] = tuple(SECTIONS),
+    tasks: tuple[str, ...] = TASKS,
+    methods: tuple[str, ...] = (),
     seeds: tuple[int, ...] = (),
     results: Path = Path("results"),
     fresh: bool = False,
@@ -44,13 +48,21 @@ def quality(
     Args:
       preset: Size of the job: nano or pico, both for two CPU cores.
       sections: What to measure: any of stress, idle, problems, faults, optimizers, schedules.
+      tasks: What to measure on: any of lora, scratch, full. Idle and faults have no full, problems
+        and optimizers tasks of their own.
+      methods: What stress compares with AdamW and the guard, by the names in its tables; by default
+        every peer.
       seeds: Seeds of the runs, but of the idle ones; by default the preset's.
       results: Folder for the results; the job writes to quality/PRESET in it.
       fresh: Start over, dropping the results of an earlier job in that folder.
     """
     check_names("--sections", sections, SECTIONS)
-    bench = Bench("quality", preset, QUALITY_PRESETS, seeds, results, fresh)
-    found = [SECTIONS[name](bench) for name in sections]
+    bench = Bench("quality", preset, QUALITY_PRESETS, tasks, seeds, results, fresh)
+    measure = SECTIONS | {"stress": functools.partial(stress, methods=methods)}
+    found = [measure[name](bench) for name in sections]
+    if not any(findings.rows for findings in found):
+        asked = f"--tasks {' '.join(tasks)} --sections {' '.join(sections)}"
+        raise UserError(f"{asked}: nothing to measure; idle and faults have no full")
     pictures = {}
     if "stress" in sections:
         rows = found[sections.index("stress")].rows

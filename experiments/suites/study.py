@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import lbw_optax
 from experiments.bench import Bench, Findings, Row, difference, losses, mean
-from experiments.errors import check_names
 from experiments.faults import drills
 from experiments.methods import adamw
 from experiments.presets import STUDY_PRESETS
@@ -110,10 +109,9 @@ def study(
       results: Folder for the results; the job writes to study/PRESET in it.
       fresh: Start over, dropping the results of an earlier job in that folder.
     """
-    check_names("--tasks", tasks, TASKS)
     laws = law_variants()
-    bench = Bench("study", preset, STUDY_PRESETS, seeds, results, fresh)
-    found = [_of_task(bench, task, laws) for task in tasks]
+    bench = Bench("study", preset, STUDY_PRESETS, tasks, seeds, results, fresh)
+    found = [_of_task(bench, task, laws) for task in bench.tasks]
     question = "What does each sensor and each action do, and how much does each constant matter?"
     bench.publish(f"Ablations and sensitivities, {preset}", question, found, {})
 
