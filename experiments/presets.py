@@ -80,6 +80,15 @@ def quality_pico() -> BenchPreset:
     return dataclasses.replace(quality_nano(), model=byte_decoder(32, 1, 4, 32))
 
 
+def quality_long() -> BenchPreset:
+    """The runs of `quality_nano`, 1,000 steps long.
+
+    Command: `python -m experiments quality --preset long`
+    Hardware: CPU, 2 GB of memory, no download.
+    """
+    return dataclasses.replace(quality_nano(), steps=1000)
+
+
 def study_nano() -> BenchPreset:
     """The model of `quality_nano` with two seeds.
 
@@ -98,5 +107,5 @@ def study_pico() -> BenchPreset:
     return dataclasses.replace(quality_pico(), seeds=(0, 1))
 
 
-QUALITY_PRESETS = {"nano": quality_nano, "pico": quality_pico}
+QUALITY_PRESETS = {"nano": quality_nano, "pico": quality_pico, "long": quality_long}
 STUDY_PRESETS = {"nano": study_nano, "pico": study_pico}
