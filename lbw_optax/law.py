@@ -195,8 +195,9 @@ class Law:
     """Largest bearable overshoot, in standard deviations of the loss; runs at the best learning
     rate of training from scratch reach 0.045."""
     persistence: float = 0.85
-    """Mean cosine of successive steps at which the two values and the healthy length hold. AdamW's
-    is about 0.9, Lion's 0.5, Adafactor's near 0: steps that do not add up may be longer."""
+    """Mean cosine of successive steps at which the two values, the healthy length and
+    `stress_noise` hold. AdamW's is about 0.9, Lion's 0.5, Adafactor's near 0: steps that do not add
+    up may be longer."""
     release: float = 1.05
     """Factor per step by which the scale returns to 1 in RECOVERY."""
     rise_limit: float = 1.25

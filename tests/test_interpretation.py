@@ -108,6 +108,16 @@ def test_suspicion_and_calm():
         assert found.suspicion == suspected
 
 
+@given(st.floats(1, 3.5), st.floats(0.1, 10))
+def test_steps_that_do_not_add_up_may_overshoot_by_more(reach, noise):
+    """The overshoot is quadratic in the length of a step, and so is what is suspected of it."""
+    threshold = LAW.stress_noise * reach**2 * noise
+    for share in (0.99, 1.01):
+        mean = signals(overshoot=share * threshold, reach=reach, noise=noise)
+        found = diagnose(observed(), mean, jnp.float32(0.1), jnp.int32(0), True, LAW)
+        assert found.suspicion == (share > 1)
+
+
 @given(
     st.sampled_from(Regime),
     st.integers(0, 100),
