@@ -66,9 +66,9 @@ def decide(
       a_t &= \min(1, \mathrm{clip}(a_{t-1}, \lambda r_t, r_t)) \\
       h_t &= h_{t-1} \cdot \begin{cases}
         \gamma & q + 2 e_q < 0 \text{ and } -q s > \beta \bar a \\
-        1 / \gamma & (q - e_q) s^2 > \theta \\
+        1 / \gamma & (q - e_q) s^2 > \theta \text{ and no certain gain} \\
         1 & \text{otherwise} \end{cases}, \quad
-        h_t a_t \|u_t\| \le \text{healthy}_t \\
+        a_t h_t \le r_t \\
       s_t &= \min(1, a_t h_t, \text{hard}_t / \|u_t\|)
 
     with :math:`a` the latch, :math:`h` the earned factor, :math:`q \pm e_q` the mean overshoot per
@@ -115,7 +115,9 @@ def decide(
     # An empty step (a micro-batch that is only accumulated) is passed, and leaves all as it was.
     factor = jnp.where(diagnosis.empty, 1, factor)
 
-    action, cause = _name(verdict, diagnosis.alarm, regime, factor, limited, earned)
+    # By half a step at least: at 1, where it often rests, rounding would choose the name.
+    annealed = earned < law.growth**-0.5
+    action, cause = _name(verdict, diagnosis.alarm, regime, factor, limited, annealed)
 
     moved = taken & ~diagnosis.empty
     bound = (regime == Regime.STRESS) & (c.step_scale < 1)
@@ -192,7 +194,7 @@ def _name(
     regime: jax.Array,
     factor: jax.Array,
     limited: jax.Array,
-    earned: jax.Array,
+    annealed: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """The `Action` and its `Cause`."""
     v = verdict
@@ -209,7 +211,7 @@ def _name(
             action == Action.PASS,
             limited,
             regime != Regime.STRESS,
-            earned < 1,
+            annealed,
         ],
         [
             jnp.int32(Cause.EXHAUSTED),
@@ -238,10 +240,10 @@ def _regulate(
     latch = jnp.minimum(jnp.clip(c.latch, law.slack * room, room), 1)
     straight = -s.overshoot * c.step_scale > law.earn_straight * s.slope
     too_short = straight & (s.overshoot + 2 * s.overshoot_error < 0)
-    too_long = (s.overshoot - s.overshoot_error) * c.step_scale**2 > s.bearable
-    rate = jnp.where(too_short, law.growth, jnp.where(too_long, 1 / law.growth, 1))
-    # No step under stress is longer than is healthy, whatever has been earned.
-    most = jnp.minimum(law.earned_most, room / (law.share * jnp.where(latch > 0, latch, 1)))
+    costly = (s.overshoot - s.overshoot_error) * c.step_scale**2 > s.bearable
+    rate = jnp.where(too_short, law.growth, jnp.where(costly & ~s.gaining, 1 / law.growth, 1))
+    # No step under stress is longer than the latch alone may make it, whatever has been earned.
+    most = jnp.minimum(law.earned_most, room / jnp.where(latch > 0, latch, 1))
     earned = jnp.clip(rate * c.earned, law.earned_least, most)
     released = jnp.minimum(c.latch * law.release, 1)
     forgotten = jnp.clip(1, c.earned / law.release, c.earned * law.release)
