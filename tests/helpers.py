@@ -9,6 +9,7 @@ import optax
 
 from lbw_optax import Action, GuardState
 from lbw_optax.sensing import Telemetry, is_inexact
+from lbw_optax.statistics import Signals
 
 # XLA contracts `p + a * b` or not, as it happens to fuse: without this equal programs differ.
 exact_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -23,6 +24,24 @@ def telemetry(**known) -> Telemetry:
     """Returns the telemetry of a step of which only `known` is not 0."""
     unknown = dict.fromkeys(Telemetry._fields, jnp.float32(0))
     return Telemetry(**unknown | {name: jnp.float32(x) for name, x in known.items()})
+
+
+_QUIET = {
+    "noise": 1.0,
+    "reach": 1.0,
+    "bearable": 0.05,
+    "slope": 0.1,
+    "spike": 0.1,
+    "spike_allowed": 1.0,
+}
+
+
+def signals(**known) -> Signals:
+    """Returns the signals of a quiet step, with a noise of 1, but for what is `known`."""
+    unknown = dict.fromkeys(Signals._fields, jnp.float32(0)) | dict.fromkeys(
+        ("faded", "gaining"), jnp.bool_(False)
+    )
+    return Signals(**unknown | {name: jnp.asarray(x) for name, x in (_QUIET | known).items()})
 
 
 def find(opt_state) -> GuardState:

@@ -2,30 +2,14 @@
 
 import jax.numpy as jnp
 import pytest
-from helpers import telemetry
+from helpers import signals, telemetry
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lbw_optax import Law, Regime
 from lbw_optax.interpretation import Cause, Diagnosis, diagnose, next_regime
-from lbw_optax.statistics import Signals
 
 LAW = Law()
-QUIET = {
-    "noise": 1.0,
-    "reach": 1.0,
-    "bearable": 0.05,
-    "slope": 0.1,
-    "spike": 0.1,
-    "spike_allowed": 1.0,
-}
-
-
-def signals(**known):
-    unknown = dict.fromkeys(Signals._fields, jnp.float32(0)) | dict.fromkeys(
-        ("faded", "gaining"), jnp.bool_(False)
-    )
-    return Signals(**unknown | {name: jnp.asarray(x) for name, x in (QUIET | known).items()})
 
 
 def observed(overshoot=0.0, finite=(True, True, True)):
@@ -97,7 +81,7 @@ def test_suspicion_and_calm():
     assert found.suspicion
     assert not found.calm
     # Between the two, what would overshoot without the guard is not let go.
-    mean = signals(overshoot=1.01 * QUIET["bearable"])
+    mean = signals(overshoot=1.01 * float(signals().bearable))
     found = diagnose(observed(), mean, jnp.float32(0.1), jnp.int32(0), True, LAW)
     assert not found.suspicion
     assert not found.calm
