@@ -24,9 +24,7 @@ class Statistics(NamedTuple):
       spike_tolerance: log of the factor by which spikes that recur have widened their test.
       loss_mean: mean of the loss over about the last 10 steps.
       loss_trend: mean of the loss over about the last 50 steps.
-      index_mean: the first mean applied to the index of the loss; with `index_trend` it turns the
-        distance of the two loss means into progress per step.
-      index_trend: the second mean applied to the index of the loss.
+      loss_past: mean of the loss over the run, later steps counting for more.
       loss_variance: variance of the loss around its mean, not yet bias-corrected.
       overshoots: how many overshoots were accepted.
       overshoot_mean: mean of overshoot / scale^2, not yet bias-corrected.
@@ -43,8 +41,7 @@ class Statistics(NamedTuple):
     spike_tolerance: jax.Array  # shape=(), dtype=float32
     loss_mean: jax.Array  # shape=(), dtype=float32
     loss_trend: jax.Array  # shape=(), dtype=float32
-    index_mean: jax.Array  # shape=(), dtype=float32
-    index_trend: jax.Array  # shape=(), dtype=float32
+    loss_past: jax.Array  # shape=(), dtype=float32
     loss_variance: jax.Array  # shape=(), dtype=float32
     overshoots: jax.Array  # shape=(), dtype=int32
     overshoot_mean: jax.Array  # shape=(), dtype=float32
@@ -82,7 +79,7 @@ class Signals(NamedTuple):
         mean slope.
       innovation: loss minus its mean; 0 without the loss.
       reach: how much longer steps may be because they do not add up as AdamW's do; at least 1.
-      bearable: mean overshoot per step that the progress is worth.
+      bearable: mean overshoot that what the run gains is worth.
       gaining: whether the loss has fallen for certain in the last 50 steps.
       slope: mean of |<g_t, u_t>|.
       spike: gradient norm in units of what counts as a spike.
@@ -129,18 +126,13 @@ def compare(
         noise = jnp.sqrt(_debias(s.loss_variance, law.noise_decay, s.losses))
         noise = jnp.maximum(noise, floor)
         innovation = jnp.where(s.losses > 0, t.loss - s.loss_mean, 0)
-        # The distance of two means of different age over the difference of their ages.
-        lag = s.index_mean - s.index_trend
-        fallen = s.loss_trend - s.loss_mean
-        progress = fallen / jnp.where(lag > 0, lag, jnp.inf)
-        gaining = fallen > law.gain_noise * noise
-        bearable = jnp.clip(
-            law.horizon * progress, law.bearable_least * noise, law.bearable_most * noise
-        )
+        gaining = s.loss_trend - s.loss_mean > law.gain_noise * noise
+        gained = s.loss_past - s.loss_mean
+        bearable = jnp.maximum(gained / law.mixing_steps, law.bearable_least * noise)
     else:
         noise = law.blind_noise * last_scale * slope
         innovation = jnp.zeros([], jnp.float32)
-        bearable = law.bearable_most * noise
+        bearable = law.bearable_blind * noise
         gaining = jnp.zeros([], bool)
     ratio = t.gradient_norm / jnp.where(s.gradient_mean > 0, s.gradient_mean, jnp.inf)
     warmup = jnp.maximum(law.gradient_warmup / jnp.maximum(n, 1).astype(jnp.float32), 1)
@@ -262,6 +254,8 @@ def learn_loss(statistics: Statistics, loss: jax.Array, signals: Signals, law: L
     # Until a mean has enough observations for its decay, it is their plain average.
     fast = jnp.maximum(1 - law.loss_decay, 1 / (index + 1))
     slow = jnp.maximum(1 - law.trend_decay, 1 / (index + 1))
+    # The loss of step i counts as i^(power - 1): the mean is as old as 1 / (power + 1) of the run.
+    power = 1 / law.past_age - 1
     far = law.loss_clip * signals.noise
     stray = jnp.abs(signals.innovation) > far
     clipped = jnp.clip(loss, s.loss_mean - far, s.loss_mean + far)
@@ -274,8 +268,7 @@ def learn_loss(statistics: Statistics, loss: jax.Array, signals: Signals, law: L
         strays=jnp.where(stray, optax.safe_increment(s.strays), 0),
         loss_mean=_ema(s.loss_mean, loss, fast),
         loss_trend=_ema(s.loss_trend, loss, slow),
-        index_mean=_ema(s.index_mean, index, fast),
-        index_trend=_ema(s.index_trend, index, slow),
+        loss_past=_ema(s.loss_past, loss, power / (index + power)),
         loss_variance=_ema(s.loss_variance, variance, 1 - law.noise_decay),
     )
 

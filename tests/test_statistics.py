@@ -145,17 +145,36 @@ def test_spikes_in_a_row_are_one():
     assert set(np.delete(taken, burst)) == {Action.PASS}
 
 
-@pytest.mark.parametrize(("fall", "share"), [(0.0, (0.0, 0.05)), (0.02, (0.7, 1.0))])
-def test_a_run_gains_where_its_loss_falls_for_certain(fall, share):
-    """Of noise alone about one step in forty looks like progress, as twice the error says."""
-    rng = np.random.default_rng(0)
-    losses = jnp.float32(100 + rng.standard_normal(5000) - fall * np.arange(5000))
+def over(losses):
+    """Returns the signals before each loss of a run that gives nothing else."""
     one = jnp.float32(1)
 
     def step(run, loss):
         shown = telemetry(loss=loss)
         signals = compare(run, shown, one, True, Law())
-        return observe(run, shown, signals, one, jnp.bool_(True), True, Law()), signals.gaining
+        return observe(run, shown, signals, one, jnp.bool_(True), True, Law()), signals
 
-    gains = jax.lax.scan(step, init_statistics(), losses)[1][200:]
+    return jax.lax.scan(step, init_statistics(), jnp.float32(losses))[1]
+
+
+@pytest.mark.parametrize(("fall", "share"), [(0.0, (0.0, 0.05)), (0.02, (0.7, 1.0))])
+def test_a_run_gains_where_its_loss_falls_for_certain(fall, share):
+    """Of noise alone about one step in forty looks like progress, as twice the error says."""
+    rng = np.random.default_rng(0)
+    gains = over(100 + rng.standard_normal(5000) - fall * np.arange(5000)).gaining[200:]
     assert share[0] <= jnp.mean(gains) <= share[1]
+
+
+@pytest.mark.parametrize("steps", [200, 500, 2000])
+def test_what_is_bearable_is_what_the_last_quarter_gained_whatever_the_length(steps):
+    law, fall = Law(), 0.01
+    fast_age = law.loss_decay / (1 - law.loss_decay)
+    gained = fall * (law.past_age * steps - fast_age)
+    bearable = over(100 - fall * np.arange(steps)).bearable[-1]
+    assert float(bearable) == pytest.approx(gained / law.mixing_steps, rel=0.02)
+
+
+def test_a_run_that_gains_nothing_bears_the_least():
+    rng = np.random.default_rng(0)
+    run = over(2 + 0.1 * rng.standard_normal(5000) + np.linspace(0, 1, 5000))
+    assert float(run.bearable[-1]) == pytest.approx(Law().bearable_least * float(run.noise[-1]))
