@@ -93,7 +93,7 @@ def test_good_argument_is_taken(good):
         ("share", math.inf),
         ("cut_limit", 0.6),
         ("earned_least", 3.0),
-        ("bearable_least", 0.1),
+        ("past_age", 1.0),
     ],
 )
 def test_bad_constant_of_the_law_is_named(name, value):
