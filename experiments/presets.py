@@ -39,6 +39,8 @@ class BenchPreset:
     """How many of these there are per learning rate."""
     problem_steps: int = 30_000
     """Most steps of the small problems, as in optax's own tests."""
+    network_steps: int = 2000
+    """Steps of the networks that are no language models."""
     heldout_windows: int = 128
     """Held-out windows."""
     lora_rank: int = 8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,36 @@ import optax
 from experiments.data import BYTE_VOCABULARY
 from experiments.faults import Fault, rate_factor, spoil_batch, spoil_gradients
 from experiments.methods import evaluated
-from experiments.tasks import Task
 
 MOST_AT_ONCE = 54
 """Runs that share a call of the compiled program: enough to hide its overhead, few for memory."""
+
+
+class Trainable(Protocol):
+    """Something to minimise, as pure functions that vmap."""
+
+    @property
+    def name(self) -> str:
+        """Name in tables."""
+        ...
+
+    @property
+    def init(self) -> Callable[[jax.Array], Any]:
+        """From a random key to the parameters."""
+        ...
+
+    @property
+    def loss(self) -> Callable[[Any, Any], jax.Array]:
+        """From the parameters and a batch to the loss."""
+        ...
+
+    def batch(self, key: jax.Array, step: jax.Array) -> Any:
+        """The batch of one step."""
+        ...
+
+    def evaluate(self, params: Any) -> jax.Array:
+        """The loss that counts."""
+        ...
 
 
 class Case(NamedTuple):
@@ -45,7 +71,7 @@ class Outcome(NamedTuple):
 
 
 def sweep(
-    task: Task,
+    task: Trainable,
     make_tx: Callable[..., optax.GradientTransformation],
     steps: int,
     rates: Sequence[float],
@@ -97,7 +123,7 @@ def sweep(
 
 
 def make_run(
-    task: Task,
+    task: Trainable,
     make_tx: Callable[..., optax.GradientTransformation],
     steps: int,
     *,
@@ -118,10 +144,10 @@ def make_run(
 
         def train_step(carry, step):
             params, opt_state = carry
-            tokens = task.batch(jax.random.fold_in(key_batches, step))
+            batch = task.batch(jax.random.fold_in(key_batches, step), step)
             if case.fault is not None:
-                tokens = spoil_batch(case.fault, key_fault, step, tokens, BYTE_VOCABULARY)
-            loss, grads = jax.value_and_grad(task.loss)(params, tokens)
+                batch = spoil_batch(case.fault, key_fault, step, batch, BYTE_VOCABULARY)
+            loss, grads = jax.value_and_grad(task.loss)(params, batch)
             if case.fault is not None:
                 loss, grads = spoil_gradients(case.fault, key_fault, step, loss, grads)
             # What is inside must not depend on what is outside: fused, roundings may differ.

@@ -24,7 +24,7 @@ all three on the Python manual."""
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Something to minimise, as pure functions that vmap."""
+    """A language model to train, see `experiments.sweep.Trainable`."""
 
     name: str
     """Name in tables."""
@@ -41,8 +41,8 @@ class Task:
     seq_len: int
     """Predicted tokens per sequence."""
 
-    def batch(self, key: jax.Array) -> jax.Array:
-        """The tokens of one step, int32 of shape (b, t + 1)."""
+    def batch(self, key: jax.Array, step: Any) -> jax.Array:
+        """The tokens of one step, int32 of shape (b, t + 1); any step has the same."""
         return crop_batch(self.tokens, key, self.batch_size, self.seq_len)
 
     def evaluate(self, params: Any) -> jax.Array:

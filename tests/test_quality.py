@@ -20,7 +20,8 @@ from experiments.__main__ import main
 from experiments.methods import baselines
 from experiments.models.config import DecoderConfig
 from experiments.models.decoder import Decoder
-from experiments.sections import drills, idle, optimizers, problems, stress
+from experiments.networks import NETWORKS
+from experiments.sections import drills, idle, networks, optimizers, problems, stress
 from experiments.suites import study
 
 TINY = presets.BenchPreset(
@@ -39,6 +40,7 @@ TINY = presets.BenchPreset(
     long_idle_steps=6,
     long_idle_seeds=1,
     problem_steps=50,
+    network_steps=10,
     heldout_windows=2,
 )
 
@@ -81,6 +83,8 @@ def tiny(monkeypatch):
     few = {"adam": optax.adam(1e-2)}
     problem = problems.PROBLEMS[name]()._replace(optimizers=few)
     monkeypatch.setattr(problems, "PROBLEMS", {name: lambda: problem})
+    (probe,) = (make for make in NETWORKS if "probe" in make(1).name)
+    monkeypatch.setattr(networks, "NETWORKS", (probe,))
 
 
 def test_quality(tmp_path, capsys, monkeypatch):
@@ -91,7 +95,15 @@ def test_quality(tmp_path, capsys, monkeypatch):
     assert {path.name for path in folder.iterdir()} == files
     with (folder / "summary.csv").open() as file:
         sections = {row["section"] for row in csv.DictReader(file)}
-    assert sections == {"stress", "idle", "problems", "faults", "optimizers", "schedules"}
+    assert sections == {
+        "stress",
+        "idle",
+        "problems",
+        "networks",
+        "faults",
+        "optimizers",
+        "schedules",
+    }
     report = (folder / "report.md").read_text()
     assert "python -m experiments" in report
     assert "Bars missed" in report
@@ -144,8 +156,25 @@ def test_tasks_train_what_they_say(monkeypatch):
     kinds = {type(x) for x in jax.tree.leaves(shapes["lora"], is_leaf=is_variable)}
     assert kinds == {nnx.LoRAParam}
     for name, task in found.items():
-        batch = task.batch(jax.random.key(0))
+        batch = task.batch(jax.random.key(0), 0)
         assert jax.eval_shape(task.loss, shapes[name], batch).shape == ()
+
+
+@pytest.mark.parametrize("make", NETWORKS, ids=lambda make: make.__name__)
+def test_a_step_of_a_network_lowers_the_loss_of_its_batch(make):
+    network = make(2000)
+
+    @jax.jit
+    def losses():
+        batch = network.batch(jax.random.key(1), 0)
+        params = network.init(jax.random.key(0))
+        loss, grads = jax.value_and_grad(network.loss)(params, batch)
+        tx = optax.adam(1e-4)
+        updates, _ = tx.update(grads, tx.init(params), params)
+        return loss, network.loss(optax.apply_updates(params, updates), batch)
+
+    before, after = losses()
+    assert after < before
 
 
 def test_study_changes_every_constant_within_its_range():

@@ -13,6 +13,7 @@ from experiments.errors import UserError, check_names
 from experiments.presets import QUALITY_PRESETS
 from experiments.sections.drills import faults
 from experiments.sections.idle import idle
+from experiments.sections.networks import networks
 from experiments.sections.optimizers import optimizers
 from experiments.sections.problems import problems
 from experiments.sections.schedules import schedules
@@ -25,6 +26,7 @@ SECTIONS: dict[str, Callable[[Bench], Findings]] = {
     "stress": stress,
     "idle": idle,
     "problems": problems,
+    "networks": networks,
     "faults": faults,
     "optimizers": optimizers,
     "schedules": schedules,
@@ -48,9 +50,10 @@ def quality(
     Args:
       preset: Size of the job: nano, pico (a smaller model) or long (longer runs), all for two CPU
         cores.
-      sections: What to measure: any of stress, idle, problems, faults, optimizers, schedules.
-      tasks: What to measure on: any of lora, scratch, full. Idle and faults have no full, problems
-        and optimizers tasks of their own.
+      sections: What to measure: any of stress, idle, problems, networks, faults, optimizers,
+        schedules.
+      tasks: What to measure on: any of lora, scratch, full. Idle and faults have no full; problems,
+        networks and optimizers have tasks of their own.
       methods: What stress compares with AdamW and the guard, by the names in its tables; by default
         every peer.
       seeds: Seeds of the runs, but of the idle ones; by default the preset's.

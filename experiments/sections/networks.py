@@ -1,0 +1,79 @@
+"""Networks that are no language models, at their best learning rate, below it and above it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from experiments.bench import Bar, Bench, Findings, Row, best_rate, losses, mean
+from experiments.methods import behind_guard
+from experiments.networks import NETWORKS, Network
+from experiments.presets import half_decades
+from experiments.report import Table, with_spread
+from experiments.sweep import sweep
+
+MOST = 1.25
+"""Error at the end that the guard may have, in units of the plain optimizer's."""
+
+RATES = half_decades(-4, 8)
+"""Learning rates: the best is among all but the first and the last two."""
+
+BELOW, ABOVE = -1, 2
+"""A third of the best learning rate and ten times it, in half decades from it."""
+
+
+def networks(bench: Bench) -> Findings:
+    """Trains each network plainly at all its rates, and guarded at three of them."""
+    found, lines = Findings([], [], []), []
+    for make in NETWORKS:
+        network = make(bench.preset.network_steps)
+        rows = bench.cell(
+            f"networks/{network.name}", lambda network=network: _measure(bench, network)
+        )
+        found.rows.extend(rows)
+        plain, guarded = ([row for row in rows if row["guarded"] == flag] for flag in (False, True))
+        best, low, high = _rates(plain)
+        at_best = losses(plain, rate=best)
+        rivals = {low: losses(plain, rate=low), best: at_best, high: at_best}
+        cells = []
+        for title, rate in (("1/3x", low), ("1x", best), ("10x", high)):
+            ours = losses(guarded, rate=rate)
+            ratio = mean(ours) / mean(rivals[rate])
+            found.bars.append(Bar(f"{network.name}, {title}: guard / plain", ratio, MOST))
+            shown = f"{ratio:.2f}" if ratio <= MOST else f"**{ratio:.2f}**"
+            cells.append(f"{with_spread(ours, _digits)}, {shown}")
+        shown = [with_spread(losses(plain, rate=rate), _digits) for rate in (low, best, high)]
+        lines.append([network.name, f"{best:g}", *shown, *cells])
+    heading = ["network", "best LR", "plain 1/3x", "plain 1x", "plain 10x"]
+    heading += ["guard 1/3x, ratio", "guard 1x, ratio", "guard 10x, ratio"]
+    note = (
+        "Loss on batches after the run; the ratio is to the plain optimizer's at the same rate, "
+        "for 10x at its best."
+    )
+    found.tables.append(Table("Networks", heading, lines, note))
+    return found
+
+
+def _measure(bench: Bench, network: Network) -> Iterator[Row]:
+    seeds = bench.preset.seeds
+    plain = sweep(network, network.optimizer(), network.steps, RATES, seeds)
+    guarded = sweep(
+        network,
+        behind_guard(network.optimizer()),
+        network.steps,
+        sorted(_rates(plain)),
+        seeds,
+    )
+    for flag, rows in ((False, plain), (True, guarded)):
+        for row in rows:
+            yield {**row, "section": "networks", "guarded": flag}
+
+
+def _rates(plain: list[Row]) -> tuple[float, float, float]:
+    """The plain optimizer's best rate, the one below it and ten times it."""
+    inside = RATES[-BELOW:-ABOVE]
+    place = RATES.index(best_rate(plain, inside))
+    return tuple(RATES[place + shift] for shift in (0, BELOW, ABOVE))
+
+
+def _digits(value: float) -> str:
+    return f"{value:.3g}"
