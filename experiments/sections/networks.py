@@ -26,12 +26,17 @@ def networks(bench: Bench) -> Findings:
     found, lines = Findings([], [], []), []
     for make in NETWORKS:
         network = make(bench.preset.network_steps)
-        rows = bench.cell(
-            f"networks/{network.name}", lambda network=network: _measure(bench, network)
+        plain = bench.cell(
+            f"networks/{network.name}",
+            lambda network=network: _measure(bench, network, False, RATES),
         )
-        found.rows.extend(rows)
-        plain, guarded = ([row for row in rows if row["guarded"] == flag] for flag in (False, True))
-        best, low, high = _rates(plain)
+        place = RATES.index(best_rate(plain, RATES[-BELOW:-ABOVE]))
+        low, best, high = (RATES[place + shift] for shift in (BELOW, 0, ABOVE))
+        guarded = bench.cell(
+            f"networks/guard({network.name})",
+            lambda network=network, rates=(low, best, high): _measure(bench, network, True, rates),
+        )
+        found.rows.extend([*plain, *guarded])
         at_best = losses(plain, rate=best)
         rivals = {low: losses(plain, rate=low), best: at_best, high: at_best}
         cells = []
@@ -53,26 +58,12 @@ def networks(bench: Bench) -> Findings:
     return found
 
 
-def _measure(bench: Bench, network: Network) -> Iterator[Row]:
-    seeds = bench.preset.seeds
-    plain = sweep(network, network.optimizer(), network.steps, RATES, seeds)
-    guarded = sweep(
-        network,
-        behind_guard(network.optimizer()),
-        network.steps,
-        sorted(_rates(plain)),
-        seeds,
-    )
-    for flag, rows in ((False, plain), (True, guarded)):
-        for row in rows:
-            yield {**row, "section": "networks", "guarded": flag}
-
-
-def _rates(plain: list[Row]) -> tuple[float, float, float]:
-    """The plain optimizer's best rate, the one below it and ten times it."""
-    inside = RATES[-BELOW:-ABOVE]
-    place = RATES.index(best_rate(plain, inside))
-    return tuple(RATES[place + shift] for shift in (0, BELOW, ABOVE))
+def _measure(
+    bench: Bench, network: Network, guarded: bool, rates: tuple[float, ...]
+) -> Iterator[Row]:
+    method = behind_guard(network.optimizer()) if guarded else network.optimizer()
+    for row in sweep(network, method, network.steps, rates, bench.preset.seeds):
+        yield {**row, "section": "networks", "guarded": guarded}
 
 
 def _digits(value: float) -> str:
