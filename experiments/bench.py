@@ -170,6 +170,11 @@ def difference(value: float, limit: float = math.inf) -> str:
     return text if value <= limit else f"**{text}**"
 
 
+def ratio(value: float, limit: float) -> str:
+    """A ratio for a reader; bold where it is above its limit."""
+    return f"{value:.2f}" if value <= limit else f"**{value:.2f}**"
+
+
 def best_rate(rows: Iterable[Row], rates: Sequence[float]) -> float:
     """The learning rate with the lowest mean loss."""
     rows = list(rows)

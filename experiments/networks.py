@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.methods import Method, warmup_cosine
+from experiments.methods import warmup_cosine
 
 EVALUATED = 64
 """Batches on which a network is evaluated."""
@@ -35,24 +35,17 @@ class Network:
     """Where batches come from."""
     method: Callable[[float, int], optax.GradientTransformation]
     """From the learning rate and the number of steps to the optimizer."""
-    steps: int
-    """Length of a run."""
     batch_size: int = 32
     """Examples per step."""
 
-    def batch(self, key: jax.Array, step: Any) -> Any:
+    def batch(self, key: jax.Array, over: Any) -> Any:
         """The batch of one step."""
-        return self.sample(key, self.batch_size, step / self.steps)
+        return self.sample(key, self.batch_size, over)
 
     def evaluate(self, params: Any) -> jax.Array:
         """The mean loss of batches that come after the run."""
         keys = jax.random.split(jax.random.key(2**31), EVALUATED)
-        losses = jax.lax.map(lambda key: self.loss(params, self.batch(key, self.steps)), keys)
-        return losses.mean()
-
-    def optimizer(self) -> Method:
-        """The optimizer as a function of the learning rate alone."""
-        return lambda learning_rate: self.method(learning_rate, self.steps)
+        return jax.lax.map(lambda key: self.loss(params, self.batch(key, 1.0)), keys).mean()
 
 
 # Optimizers
@@ -87,15 +80,19 @@ def _mlp(*sizes: int) -> Callable[[jax.Array], Any]:
     return init
 
 
+def _linear(layer: tuple[jax.Array, jax.Array], x: jax.Array) -> jax.Array:
+    weights, bias = layer
+    return x @ weights + bias
+
+
 def _apply(layers: Any, x: jax.Array, activation: Callable = jax.nn.gelu) -> jax.Array:
-    for w, b in layers[:-1]:
-        x = activation(x @ w + b)
-    w, b = layers[-1]
-    return x @ w + b
+    for layer in layers[:-1]:
+        x = activation(_linear(layer, x))
+    return _linear(layers[-1], x)
 
 
 def _squared(predicted: jax.Array, target: jax.Array) -> jax.Array:
-    return jnp.mean((predicted - target) ** 2)
+    return optax.squared_error(predicted, target).mean()
 
 
 def _entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -105,7 +102,7 @@ def _entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 # Data
 
 
-def _blobs(key: jax.Array, n: int, over: Any) -> jax.Array:
+def _blobs(key: jax.Array, n: int) -> jax.Array:
     """Images of 8x8 with two soft spots each, in [0, 1]."""
     centres = jax.random.uniform(key, (n, 2, 2), minval=1.0, maxval=6.0)
     grid = jnp.stack(jnp.meshgrid(jnp.arange(8.0), jnp.arange(8.0)), -1)
@@ -127,7 +124,7 @@ def _gratings(key: jax.Array, n: int, over: Any) -> tuple[jax.Array, jax.Array]:
 # Networks
 
 
-def _contrastive(steps: int) -> Network:
+def _contrastive() -> Network:
     """Two noisy views of each of 64 things, to be recognised as of one thing (InfoNCE)."""
     mixing = jax.random.normal(jax.random.key(1), (8, 32))
 
@@ -147,12 +144,11 @@ def _contrastive(steps: int) -> Network:
         loss,
         sample,
         warmup_cosine,
-        steps,
-        batch_size=64,
+        64,
     )
 
 
-def _diffusion(steps: int) -> Network:
+def _diffusion() -> Network:
     """A network that takes the noise out of points on two half circles."""
 
     def sample(key, n, over):
@@ -170,18 +166,10 @@ def _diffusion(steps: int) -> Network:
         inputs = [points, time, jnp.sin(6 * time), jnp.cos(6 * time)]
         return _squared(_apply(params, jnp.concatenate(inputs, 1), jax.nn.silu), noise)
 
-    return Network(
-        "diffusion of points, Adam",
-        _mlp(5, 64, 64, 2),
-        loss,
-        sample,
-        _adam,
-        steps,
-        batch_size=128,
-    )
+    return Network("diffusion of points, Adam", _mlp(5, 64, 64, 2), loss, sample, _adam, 128)
 
 
-def _autoencoder(steps: int) -> Network:
+def _autoencoder() -> Network:
     """A variational autoencoder of images with two spots; its bound in nats."""
 
     def init(key):
@@ -190,7 +178,7 @@ def _autoencoder(steps: int) -> Network:
 
     def sample(key, n, over):
         k_image, k_noise = jax.random.split(key)
-        return _blobs(k_image, n, over).reshape(n, 64), jax.random.normal(k_noise, (n, 4))
+        return _blobs(k_image, n).reshape(n, 64), jax.random.normal(k_noise, (n, 4))
 
     def loss(params, batch):
         images, noise = batch
@@ -200,10 +188,10 @@ def _autoencoder(steps: int) -> Network:
         divergence = (jnp.exp(2 * log_std) + mean**2 - 1 - 2 * log_std).sum(-1) / 2
         return jnp.mean(missed + divergence)
 
-    return Network("variational autoencoder, Adam", init, loss, sample, _adam, steps)
+    return Network("variational autoencoder, Adam", init, loss, sample, _adam)
 
 
-def _vision_transformer(steps: int) -> Network:
+def _vision_transformer() -> Network:
     """A transformer of two layers over patches of 2x2 that tells the direction of stripes."""
     width = 24
 
@@ -229,35 +217,33 @@ def _vision_transformer(steps: int) -> Network:
     def loss(params, batch):
         images, labels = batch
         patches = images.reshape(-1, 4, 2, 4, 2).swapaxes(2, 3).reshape(-1, 16, 4)
-        x = patches @ params["patch"][0] + params["patch"][1] + params["place"]
+        x = _linear(params["patch"], patches) + params["place"]
         for layer in params["layers"]:
-            heads = (_norm(x) * layer["norms"][0]) @ layer["qkv"]
+            before_attention, before_mlp = layer["norms"]
+            heads = (jax.nn.standardize(x) * before_attention) @ layer["qkv"]
             q, k, v = jnp.split(heads.reshape(*heads.shape[:2], 4, -1), 3, axis=-1)
             seen = jax.nn.dot_product_attention(q, k, v)
             x = x + seen.reshape(x.shape) @ layer["out"]
-            x = x + jax.nn.gelu((_norm(x) * layer["norms"][1]) @ layer["up"]) @ layer["down"]
-        w, b = params["head"]
-        return _entropy(_norm(x).mean(1) @ w + b, labels)
+            hidden = jax.nn.gelu((jax.nn.standardize(x) * before_mlp) @ layer["up"])
+            x = x + hidden @ layer["down"]
+        return _entropy(_linear(params["head"], jax.nn.standardize(x).mean(1)), labels)
 
-    return Network("vision transformer, AdamW", init, loss, _gratings, _adamw, steps, 16)
-
-
-def _norm(x: jax.Array) -> jax.Array:
-    x = x - x.mean(-1, keepdims=True)
-    return x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+    return Network("vision transformer, AdamW", init, loss, _gratings, _adamw, 16)
 
 
-def _batch_norm(steps: int) -> Network:
+def _batch_norm() -> Network:
     """Convolutions with batch norm that tell the direction of stripes."""
 
     def init(key):
-        keys = jax.random.split(key, 3)
-        kernels = [
-            jax.random.normal(k, (3, 3, i, o)) / math.sqrt(9 * i)
-            for k, i, o in zip(keys, (1, 8), (8, 16), strict=False)
-        ]
-        scales = [jnp.stack([jnp.ones(o), jnp.zeros(o)]) for o in (8, 16)]
-        return {"kernels": kernels, "scales": scales, "head": _dense(keys[2], 16, 10)}
+        k_first, k_second, k_head = jax.random.split(key, 3)
+        return {
+            "kernels": [
+                jax.random.normal(k_first, (3, 3, 1, 8)) / 3,
+                jax.random.normal(k_second, (3, 3, 8, 16)) / math.sqrt(9 * 8),
+            ],
+            "scales": [jnp.stack([jnp.ones(n), jnp.zeros(n)]) for n in (8, 16)],
+            "head": _dense(k_head, 16, 10),
+        }
 
     def loss(params, batch):
         images, labels = batch
@@ -267,11 +253,8 @@ def _batch_norm(steps: int) -> Network:
             x = jax.lax.conv_general_dilated(
                 x, kernel, (2, 2), "SAME", dimension_numbers=dimensions
             )
-            centred = x - x.mean((0, 1, 2))
-            x = centred * jax.lax.rsqrt((centred**2).mean((0, 1, 2)) + 1e-5) * gain + shift
-            x = jax.nn.relu(x)
-        w, b = params["head"]
-        return _entropy(x.mean((1, 2)) @ w + b, labels)
+            x = jax.nn.relu(jax.nn.standardize(x, axis=(0, 1, 2)) * gain + shift)
+        return _entropy(_linear(params["head"], x.mean((1, 2))), labels)
 
     return Network(
         "convolutions with batch norm, SGD with momentum and cosine",
@@ -279,11 +262,10 @@ def _batch_norm(steps: int) -> Network:
         loss,
         _gratings,
         _sgd_cosine,
-        steps,
     )
 
 
-def _image_as_function(steps: int) -> Network:
+def _image_as_function() -> Network:
     """Waves that learn one picture as a function of the place (SIREN)."""
 
     def init(key):
@@ -301,18 +283,10 @@ def _image_as_function(steps: int) -> Network:
         places, values = batch
         return _squared(_apply(params, places, jnp.sin), values)
 
-    return Network(
-        "image as a function (SIREN), Adam",
-        init,
-        loss,
-        sample,
-        _adam,
-        steps,
-        batch_size=256,
-    )
+    return Network("image as a function (SIREN), Adam", init, loss, sample, _adam, 256)
 
 
-def _recurrent(steps: int) -> Network:
+def _recurrent() -> Network:
     """A recurrent network, not clipped, that adds two marked numbers of a row of twenty."""
 
     def init(key):
@@ -330,22 +304,14 @@ def _recurrent(steps: int) -> Network:
 
     def loss(params, batch):
         rows, sums = batch
-        w, b = params["in"]
 
         def step(state, x):
-            return jnp.tanh(x @ w + b + state @ params["state"]), None
+            return jnp.tanh(_linear(params["in"], x) + state @ params["state"]), None
 
         state, _ = jax.lax.scan(step, jnp.zeros((len(rows), 32)), rows.swapaxes(0, 1))
-        return _squared(state @ params["out"][0] + params["out"][1], sums)
+        return _squared(_linear(params["out"], state), sums)
 
-    return Network(
-        "recurrent network without clipping, Adam",
-        init,
-        loss,
-        sample,
-        _adam,
-        steps,
-    )
+    return Network("recurrent network without clipping, Adam", init, loss, sample, _adam)
 
 
 def _curve(key: jax.Array, n: int, second: Any) -> tuple[jax.Array, jax.Array]:
@@ -360,7 +326,7 @@ def _curve_loss(params: Any, batch: Any) -> jax.Array:
     return _squared(_apply(params, inputs), values)
 
 
-def _two_tasks(steps: int) -> Network:
+def _two_tasks() -> Network:
     """Two curves to learn, one of them per batch, drawn by chance."""
 
     def sample(key, n, over):
@@ -368,25 +334,20 @@ def _two_tasks(steps: int) -> Network:
         return _curve(key, n, jax.random.bernoulli(k_which).astype(jnp.float32))
 
     return Network(
-        "two tasks drawn by chance, Adam",
-        _mlp(2, 64, 64, 1),
-        _curve_loss,
-        sample,
-        _adam,
-        steps,
+        "two tasks drawn by chance, Adam", _mlp(2, 64, 64, 1), _curve_loss, sample, _adam
     )
 
 
-def _change_of_task(steps: int) -> Network:
+def _change_of_task() -> Network:
     """One curve in the first half of the run, the other in the second."""
     return dataclasses.replace(
-        _two_tasks(steps),
+        _two_tasks(),
         name="a task that changes to another halfway, Adam",
         sample=lambda key, n, over: _curve(key, n, jnp.where(over < 0.5, 0.0, 1.0)),
     )
 
 
-def _physics_informed(steps: int) -> Network:
+def _physics_informed() -> Network:
     """The solution of -u'' = f on [0, 1], zero at both ends, by its residuals; without noise."""
 
     def sample(key, n, over):
@@ -404,16 +365,11 @@ def _physics_informed(steps: int) -> Network:
         return jnp.mean(residual**2) / 1000 + jnp.sum(ends**2)
 
     return Network(
-        "physics-informed network, full batch, Adam",
-        _mlp(1, 32, 32, 1),
-        loss,
-        sample,
-        _adam,
-        steps,
+        "physics-informed network, full batch, Adam", _mlp(1, 32, 32, 1), loss, sample, _adam
     )
 
 
-def _linear_probe(steps: int) -> Network:
+def _linear_probe() -> Network:
     """A linear classifier of fixed features, from a hundredth of the usual weights."""
     centres = jax.random.normal(jax.random.key(2), (10, 64))
 
@@ -427,19 +383,12 @@ def _linear_probe(steps: int) -> Network:
 
     def loss(params, batch):
         features, labels = batch
-        return _entropy(features @ params[0] + params[1], labels)
+        return _entropy(_linear(params, features), labels)
 
-    return Network(
-        "linear probe from normal(0.01), AdamW",
-        init,
-        loss,
-        sample,
-        _adamw,
-        steps,
-    )
+    return Network("linear probe from normal(0.01), AdamW", init, loss, sample, _adamw)
 
 
-def _recommender(steps: int) -> Network:
+def _recommender() -> Network:
     """Ratings of 100 items by 100 users as products of factors that start at normal(0.01)."""
     true = jax.random.normal(jax.random.key(3), (2, 100, 4))
 
@@ -455,22 +404,14 @@ def _recommender(steps: int) -> Network:
         pairs, ratings = batch
         return _squared(_rating(params, pairs), ratings)
 
-    return Network(
-        "recommender from normal(0.01), Adam",
-        init,
-        loss,
-        sample,
-        _adam,
-        steps,
-        batch_size=64,
-    )
+    return Network("recommender from normal(0.01), Adam", init, loss, sample, _adam, 64)
 
 
 def _rating(factors: jax.Array, pairs: jax.Array) -> jax.Array:
     return (factors[0, pairs[0]] * factors[1, pairs[1]]).sum(-1)
 
 
-NETWORKS: tuple[Callable[[int], Network], ...] = (
+NETWORKS: tuple[Callable[[], Network], ...] = (
     _contrastive,
     _diffusion,
     _autoencoder,
@@ -484,4 +425,4 @@ NETWORKS: tuple[Callable[[int], Network], ...] = (
     _linear_probe,
     _recommender,
 )
-"""Makers of the networks, each from the number of steps."""
+"""Makers of the networks."""

@@ -37,8 +37,8 @@ class Trainable(Protocol):
         """From the parameters and a batch to the loss."""
         ...
 
-    def batch(self, key: jax.Array, step: jax.Array) -> Any:
-        """The batch of one step."""
+    def batch(self, key: jax.Array, over: Any) -> Any:
+        """The batch of a step, from its random key and how much of the run is over."""
         ...
 
     def evaluate(self, params: Any) -> jax.Array:
@@ -144,7 +144,7 @@ def make_run(
 
         def train_step(carry, step):
             params, opt_state = carry
-            batch = task.batch(jax.random.fold_in(key_batches, step), step)
+            batch = task.batch(jax.random.fold_in(key_batches, step), step / steps)
             if case.fault is not None:
                 batch = spoil_batch(case.fault, key_fault, step, batch, BYTE_VOCABULARY)
             loss, grads = jax.value_and_grad(task.loss)(params, batch)

@@ -41,8 +41,8 @@ class Task:
     seq_len: int
     """Predicted tokens per sequence."""
 
-    def batch(self, key: jax.Array, step: Any) -> jax.Array:
-        """The tokens of one step, int32 of shape (b, t + 1); any step has the same."""
+    def batch(self, key: jax.Array, over: Any) -> jax.Array:
+        """The tokens of one step, int32 of shape (b, t + 1), wherever in the run it is."""
         return crop_batch(self.tokens, key, self.batch_size, self.seq_len)
 
     def evaluate(self, params: Any) -> jax.Array:

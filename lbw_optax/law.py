@@ -136,7 +136,7 @@ class Law:
     backtrack_noise: float = 3.0
     """Overshoot of one step, in standard deviations of the loss, that undoes the step. In runs
     that collapse it reaches 1 to 40 within three steps. At 1 runs whose loss falls by orders of
-    magnitude were undone again and again: two curves by turns ended at .0070, at 3 at .0046."""
+    magnitude were undone again and again: two tasks by chance ended at .0070, at 3 at .0046."""
     jump_noise: float = 5.0
     """Loss innovation, in standard deviations, that undoes the step if overshoot or gradients
     agree."""

@@ -83,7 +83,7 @@ def tiny(monkeypatch):
     few = {"adam": optax.adam(1e-2)}
     problem = problems.PROBLEMS[name]()._replace(optimizers=few)
     monkeypatch.setattr(problems, "PROBLEMS", {name: lambda: problem})
-    (probe,) = (make for make in NETWORKS if "probe" in make(1).name)
+    (probe,) = (make for make in NETWORKS if "probe" in make().name)
     monkeypatch.setattr(networks, "NETWORKS", (probe,))
 
 
@@ -156,17 +156,17 @@ def test_tasks_train_what_they_say(monkeypatch):
     kinds = {type(x) for x in jax.tree.leaves(shapes["lora"], is_leaf=is_variable)}
     assert kinds == {nnx.LoRAParam}
     for name, task in found.items():
-        batch = task.batch(jax.random.key(0), 0)
+        batch = task.batch(jax.random.key(0), 0.0)
         assert jax.eval_shape(task.loss, shapes[name], batch).shape == ()
 
 
 @pytest.mark.parametrize("make", NETWORKS, ids=lambda make: make.__name__)
 def test_a_step_of_a_network_lowers_the_loss_of_its_batch(make):
-    network = make(2000)
+    network = make()
 
     @jax.jit
     def losses():
-        batch = network.batch(jax.random.key(1), 0)
+        batch = network.batch(jax.random.key(1), 0.0)
         params = network.init(jax.random.key(0))
         loss, grads = jax.value_and_grad(network.loss)(params, batch)
         tx = optax.adam(1e-4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from experiments.bench import Bar, Bench, Findings, Row, best_rate, losses, mean
+from experiments.bench import Bar, Bench, Findings, Row, best_rate, losses, mean, ratio
 from experiments.methods import behind_guard
 from experiments.networks import NETWORKS, Network
 from experiments.presets import half_decades
@@ -20,12 +20,15 @@ RATES = half_decades(-4, 8)
 BELOW, ABOVE = -1, 2
 """A third of the best learning rate and ten times it, in half decades from it."""
 
+DIGITS = "{:.3g}".format
+"""How a loss is written: some fall to 1e-5."""
+
 
 def networks(bench: Bench) -> Findings:
     """Trains each network plainly at all its rates, and guarded at three of them."""
     found, lines = Findings([], [], []), []
     for make in NETWORKS:
-        network = make(bench.preset.network_steps)
+        network = make()
         plain = bench.cell(
             f"networks/{network.name}",
             lambda network=network: _measure(bench, network, False, RATES),
@@ -37,17 +40,18 @@ def networks(bench: Bench) -> Findings:
             lambda network=network, rates=(low, best, high): _measure(bench, network, True, rates),
         )
         found.rows.extend([*plain, *guarded])
-        at_best = losses(plain, rate=best)
-        rivals = {low: losses(plain, rate=low), best: at_best, high: at_best}
-        cells = []
-        for title, rate in (("1/3x", low), ("1x", best), ("10x", high)):
+        alone = [losses(plain, rate=rate) for rate in (low, best, high)]
+        cells = [with_spread(values, DIGITS) for values in alone]
+        # Above its best rate the plain optimizer is no measure.
+        rivals = (alone[0], alone[1], alone[1])
+        for title, rate, rival in zip(
+            ("1/3x", "1x", "10x"), (low, best, high), rivals, strict=True
+        ):
             ours = losses(guarded, rate=rate)
-            ratio = mean(ours) / mean(rivals[rate])
-            found.bars.append(Bar(f"{network.name}, {title}: guard / plain", ratio, MOST))
-            shown = f"{ratio:.2f}" if ratio <= MOST else f"**{ratio:.2f}**"
-            cells.append(f"{with_spread(ours, _digits)}, {shown}")
-        shown = [with_spread(losses(plain, rate=rate), _digits) for rate in (low, best, high)]
-        lines.append([network.name, f"{best:g}", *shown, *cells])
+            bar = Bar(f"{network.name}, {title}: guard / plain", mean(ours) / mean(rival), MOST)
+            found.bars.append(bar)
+            cells.append(f"{with_spread(ours, DIGITS)}, {ratio(bar.value, MOST)}")
+        lines.append([network.name, f"{best:g}", *cells])
     heading = ["network", "best LR", "plain 1/3x", "plain 1x", "plain 10x"]
     heading += ["guard 1/3x, ratio", "guard 1x, ratio", "guard 10x, ratio"]
     note = (
@@ -61,10 +65,8 @@ def networks(bench: Bench) -> Findings:
 def _measure(
     bench: Bench, network: Network, guarded: bool, rates: tuple[float, ...]
 ) -> Iterator[Row]:
-    method = behind_guard(network.optimizer()) if guarded else network.optimizer()
-    for row in sweep(network, method, network.steps, rates, bench.preset.seeds):
+    steps = bench.preset.network_steps
+    method = lambda learning_rate: network.method(learning_rate, steps)  # noqa: E731
+    method = behind_guard(method) if guarded else method
+    for row in sweep(network, method, steps, rates, bench.preset.seeds):
         yield {**row, "section": "networks", "guarded": guarded}
-
-
-def _digits(value: float) -> str:
-    return f"{value:.3g}"
