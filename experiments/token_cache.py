@@ -4,12 +4,13 @@ A folder per content and tokenizer, in the cache folder:
 
 - `tokens.bin`: the token ids of all documents, one after the other.
 - `bounds.npy`: where each document starts, and where the last ends.
-- `tokens.crc32`: the checksum of `tokens.bin`, decimal.
+- `tokens.crc32`: the checksum of both, one after the other, decimal.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 import tempfile
@@ -75,13 +76,14 @@ def tokenized(documents: Documents, tokenizer: Tokenizer) -> TokenStream:
 def _read(folder: Path, dtype: type) -> TokenStream | None:
     """The tokens of a cache if it is there and whole: crashes, full disks and copies harm it."""
     try:
-        bounds = np.load(folder / _BOUNDS)
         tokens = np.memmap(folder / _TOKENS, dtype, "r")
+        bounds = (folder / _BOUNDS).read_bytes()
         checksum = int((folder / _CHECKSUM).read_text())
-        whole = len(tokens) == bounds[-1] and zlib.crc32(tokens) == checksum
-    except Exception:  # Whatever NumPy makes of a damaged file.
+    except (OSError, ValueError):  # A file is missing, or it has no whole number of tokens.
         return None
-    return TokenStream(tokens, bounds[:-1]) if whole else None
+    if zlib.crc32(bounds, zlib.crc32(tokens)) != checksum:
+        return None
+    return TokenStream(tokens, np.load(io.BytesIO(bounds))[:-1])
 
 
 def _write(documents: Documents, tokenizer: Tokenizer, dtype: type, folder: Path) -> None:
@@ -109,6 +111,7 @@ def _write(documents: Documents, tokenizer: Tokenizer, dtype: type, folder: Path
                     lengths.append(len(ids) + 1)
                 progress.update(sum(map(len, texts)))
         np.save(made / _BOUNDS, np.cumsum([0, *lengths]))
+        checksum = zlib.crc32((made / _BOUNDS).read_bytes(), checksum)
         (made / _CHECKSUM).write_text(f"{checksum}\n")
         try:
             os.replace(made, folder)

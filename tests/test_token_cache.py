@@ -71,11 +71,12 @@ def test_a_cache_that_was_cut_is_made_again(cache, file, damage):
     assert tokenized(from_list(["one", "two"]), ByteTokenizer()).tokens.tolist() == whole
 
 
-def test_a_cache_with_other_tokens_is_made_again(cache):
+@pytest.mark.parametrize("file", ["tokens.bin", "bounds.npy"])
+def test_a_cache_with_other_bytes_is_made_again(cache, file):
     whole = tokenized(from_list(["one", "two"]), ByteTokenizer()).tokens.tolist()
     (folder,) = cache.iterdir()
-    size = (folder / "tokens.bin").stat().st_size
-    (folder / "tokens.bin").write_bytes(bytes(size))
+    size = (folder / file).stat().st_size
+    (folder / file).write_bytes(bytes(size))
     assert tokenized(from_list(["one", "two"]), ByteTokenizer()).tokens.tolist() == whole
 
 
