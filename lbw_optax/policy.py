@@ -62,7 +62,8 @@ def decide(
 
     .. math::
 
-      r_t &= \eta \, \text{healthy}_t / \|u_t\| \\
+      \eta &= \max(\eta_0, \min(\mu \, n / n_0, 1)), \quad
+        r_t = \eta \, \text{healthy}_t / \|u_t\| \\
       a_t &= \min(1, \mathrm{clip}(a_{t-1}, \lambda r_t, r_t)) \\
       h_t &= h_{t-1} \cdot \begin{cases}
         \gamma & q + 2 e_q < 0 \text{ and } -q s > \beta \bar a \\
@@ -73,9 +74,10 @@ def decide(
 
     with :math:`a` the latch, :math:`h` the earned factor, :math:`q \pm e_q` the mean overshoot per
     squared scale and its standard error, :math:`\bar a` the mean slope, :math:`\theta` the bearable
-    overshoot, :math:`\eta` = ``law.share``, :math:`\lambda` = ``law.slack``, :math:`\gamma` =
-    ``law.growth`` and :math:`\beta` = ``law.earn_straight``. The latch holds the scale, not the
-    step: the inner optimizer's own shortening of its steps survives.
+    overshoot, :math:`\eta_0` = ``law.share``, :math:`\mu` = ``law.allowance_share``,
+    :math:`n / n_0` the controller's ``allowance``, :math:`\lambda` = ``law.slack``,
+    :math:`\gamma` = ``law.growth`` and :math:`\beta` = ``law.earn_straight``. The latch holds the
+    scale, not the step: the inner optimizer's own shortening of its steps survives.
 
     Args:
       controller: the policy's memory.
@@ -236,7 +238,8 @@ def _regulate(
 ) -> tuple[jax.Array, jax.Array]:
     """Moves latch and earned factor: by the control law under stress, else back to 1."""
     c, t, s = controller, telemetry, signals
-    room = law.share * bounds.healthy / jnp.where(t.step_norm > 0, t.step_norm, bounds.healthy)
+    share = jnp.maximum(law.share, jnp.minimum(law.allowance_share * c.allowance, 1))
+    room = share * bounds.healthy / jnp.where(t.step_norm > 0, t.step_norm, bounds.healthy)
     latch = jnp.minimum(jnp.clip(c.latch, law.slack * room, room), 1)
     straight = -s.overshoot * c.step_scale > law.earn_straight * s.slope
     too_short = straight & (s.overshoot + 2 * s.overshoot_error < 0)
