@@ -24,6 +24,7 @@ class Fault(NamedTuple):
       entry: What is added to one entry of the gradients of a hit step.
       loss: What is added to the loss of a hit step, as the optimizer sees it.
       tokens: Share of the tokens of a hit step that become random.
+      sequences: Share of its sequences that become random from end to end.
       rate: What the learning rate of a hit step is multiplied with.
     """
 
@@ -34,6 +35,7 @@ class Fault(NamedTuple):
     entry: float | jax.Array = 0.0
     loss: float | jax.Array = 0.0
     tokens: float | jax.Array = 0.0
+    sequences: float | jax.Array = 0.0
     rate: float | jax.Array = 1.0
 
 
@@ -60,6 +62,7 @@ def drills(steps: int) -> dict[str, Fault]:
         "one entry 1e25, 1 step": Fault(after, steps, 1, entry=1e25),
         "learning rate x30, 50 steps": Fault(middle, middle + 50, rate=30.0),
         "20 % random tokens, 30 steps": Fault(middle, middle + 30, tokens=0.2),
+        "20 % random sequences, 30 steps": Fault(middle, middle + 30, sequences=0.2),
     }
 
 
@@ -84,7 +87,7 @@ def is_hit(fault: Fault, key: jax.Array, step: jax.Array) -> jax.Array:
 def spoil_batch(
     fault: Fault, key: jax.Array, step: jax.Array, tokens_bt: jax.Array, vocabulary: int
 ) -> jax.Array:
-    """Replaces a share of the tokens of a hit step by random ones.
+    """Replaces a share of the tokens of a hit step, and of its sequences, by random ones.
 
     Args:
       fault: The fault.
@@ -96,10 +99,11 @@ def spoil_batch(
     Returns:
       The tokens that the model sees.
     """
-    key_where, key_what = jax.random.split(jax.random.fold_in(key, step))
-    replaced = jax.random.uniform(key_where, tokens_bt.shape) < fault.tokens
+    key_where, key_what, key_which = jax.random.split(jax.random.fold_in(key, step), 3)
+    tokens = jax.random.uniform(key_where, tokens_bt.shape) < fault.tokens
+    sequences = jax.random.uniform(key_which, (tokens_bt.shape[0], 1)) < fault.sequences
     noise = jax.random.randint(key_what, tokens_bt.shape, 0, vocabulary)
-    return jnp.where(is_hit(fault, key, step) & replaced, noise, tokens_bt)
+    return jnp.where(is_hit(fault, key, step) & (tokens | sequences), noise, tokens_bt)
 
 
 def spoil_gradients(

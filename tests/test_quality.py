@@ -291,7 +291,11 @@ class TestFaults:
         assert self.hits(drill["none"]).size == 0
         assert self.hits(drill["gradient x1e6, 3 steps"]).size == 3
         assert self.hits(drill["gradient x1e6, 3 steps"]).min() >= 10
-        lasting = {"learning rate x30, 50 steps": 50, "20 % random tokens, 30 steps": 30}
+        lasting = {
+            "learning rate x30, 50 steps": 50,
+            "20 % random tokens, 30 steps": 30,
+            "20 % random sequences, 30 steps": 30,
+        }
         for name, steps in lasting.items():
             np.testing.assert_array_equal(self.hits(drill[name]), 50 + np.arange(steps))
 
@@ -332,6 +336,16 @@ class TestFaults:
         tokens = jnp.full((100, 100), 7)
         seen = faults.spoil_batch(fault, jax.random.key(0), jnp.int32(3), tokens, 256)
         assert 0.17 < np.mean(seen != 7) < 0.22
+        same = faults.spoil_batch(fault, jax.random.key(0), jnp.int32(10), tokens, 256)
+        np.testing.assert_array_equal(same, 7)
+
+    def test_sequences(self):
+        fault = faults.Fault(0, 10, sequences=0.2)
+        tokens = jnp.full((1000, 30), 7)
+        seen = faults.spoil_batch(fault, jax.random.key(0), jnp.int32(3), tokens, 256)
+        share = np.mean(seen != 7, axis=1)
+        assert 0.15 < np.mean(share > 0) < 0.25
+        assert share[share > 0].min() > 0.8
         same = faults.spoil_batch(fault, jax.random.key(0), jnp.int32(10), tokens, 256)
         np.testing.assert_array_equal(same, 7)
 
