@@ -1,4 +1,4 @@
-"""Policy: what moves the earned factor under stress."""
+"""Policy: what moves latch and earned factor under stress."""
 
 import jax.numpy as jnp
 import optax
@@ -17,10 +17,13 @@ STATE = find(guard(optax.sgd(1.0)).init({"w": normal(4)}))
 LATCH = 0.1
 
 
-def earned(length=0.0, **known):
-    """The earned factor after a step under stress, from 1; `length` is in units of the latch's."""
+def steered(length=0.0, allowance=1.0, **known):
+    """The controller after a step under stress; `length` is in units of the latch's."""
     controller = STATE.controller._replace(
-        step_scale=jnp.float32(LATCH), latch=jnp.float32(LATCH), earned=jnp.float32(1)
+        step_scale=jnp.float32(LATCH),
+        latch=jnp.float32(LATCH),
+        earned=jnp.float32(1),
+        allowance=jnp.float32(allowance),
     )
     healthy = jnp.float32(1)
     finite = dict.fromkeys(("gradient_finite", "loss_finite", "step_finite"), jnp.bool_(True))
@@ -32,7 +35,12 @@ def earned(length=0.0, **known):
     _, after = decide(
         controller, stress, diagnosis, shown, run, bounds, can_undo=True, law=LAW, limits=LIMITS
     )
-    return float(after.earned)
+    return after
+
+
+def earned(length=0.0, **known):
+    """The earned factor after a step under stress, from 1."""
+    return float(steered(length, **known).earned)
 
 
 COSTLY = {"overshoot": 10.0, "bearable": 0.05}
@@ -54,3 +62,12 @@ def test_steps_that_end_on_a_slope_are_earned_back_up_to_the_latch_alone():
     assert earned(0.5, **STRAIGHT, gaining=True) == pytest.approx(LAW.growth)
     assert earned(0.5, **STRAIGHT, overshoot_error=6.0) == 1
     assert earned(1.0, **STRAIGHT) == pytest.approx(1, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("allowance", "share"), [(1.0, LAW.share), (1.3, LAW.share), (1.6, 0.8), (2.0, 1.0), (4.0, 1.0)]
+)
+def test_parameters_that_start_at_zero_get_a_larger_share_of_the_healthy_length(allowance, share):
+    length = 20.0
+    latch = steered(length, allowance).latch
+    assert float(latch) * length * LAW.share / LATCH == pytest.approx(share)
