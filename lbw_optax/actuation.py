@@ -67,7 +67,9 @@ def keep_step(command: Command, moved: jax.Array, applied: Any, last_step: Any) 
             return d
         kept = command.factor * d.astype(_wide(d.dtype))
         shorter = jnp.where(undone, kept.astype(d.dtype), d)
-        return jnp.where(moved, e.astype(d.dtype), shorter)
+        # Without the parameters nothing keeps a step inside the range of their dtype.
+        largest = jnp.finfo(d.dtype).max
+        return jnp.where(moved, jnp.clip(e, -largest, largest).astype(d.dtype), shorter)
 
     return jax.tree.map(leaf, last_step, applied)
 

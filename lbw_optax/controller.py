@@ -27,7 +27,8 @@ class Controller(NamedTuple):
       latch: scale that the envelope has imposed; it follows the envelope down at once.
       earned: factor on the latch that the measured overshoot has earned; below 1 it anneals.
       trust_radius: absolute step length that has proved safe; 0 before the first step.
-      last_length: norm of the last applied step; 0 before the first.
+      last_length: norm of the last applied step; 0 before the first, and once a step that cannot be
+        undone has been blamed.
       last_slope: slope at the start of the last applied step, in units of the loss.
       rejections: held or undone steps in a row.
       nonfinites: non-finite observations in a row.

@@ -68,7 +68,8 @@ def step_bounds(
     start = (
         law.relative_step_start * (observations.astype(jnp.float32) + 1) ** -law.relative_step_power
     )
-    share = jnp.maximum(law.relative_step, start)
+    # Both may be infinite: as thresholds they are switched off.
+    share = jnp.minimum(jnp.maximum(law.relative_step, start), _NO_LIMIT / 4)
     relative = share * reach * t.parameter_norm * controller.allowance
     hard = limits.relative_step_limit * jnp.maximum(t.parameter_norm, jnp.sqrt(t.size))
     least = jnp.finfo(jnp.float32).tiny
@@ -92,7 +93,8 @@ def _trust_radius(controller: Controller, telemetry: Telemetry, law: Law) -> jax
 
 
 def _least_radius(telemetry: Telemetry, law: Law) -> jax.Array:
-    return law.relative_step * law.unset_size * jnp.sqrt(telemetry.size)
+    least = law.relative_step * law.unset_size * jnp.sqrt(telemetry.size)
+    return jnp.minimum(least, _NO_LIMIT / 4)
 
 
 def next_trust_radius(

@@ -119,7 +119,7 @@ def diagnose(
         (Cause.COLLAPSE, collapse, jump),
         (Cause.LOSS_JUMP, (jump > 1) & blamed, jump),
     ]
-    spike = [(Cause.GRADIENT_SPIKE, s.spike > s.spike_allowed, s.spike)]
+    spike = [(Cause.GRADIENT_SPIKE, s.spike > s.spike_allowed, s.spike / s.spike_allowed)]
     table = nonfinite + (harm + spike if can_undo else spike + harm)
     found = [flag for _, flag, _ in table]
     alarm = jnp.select(found, [jnp.int32(c) for c, _, _ in table], jnp.int32(Cause.NONE))

@@ -229,12 +229,15 @@ class Law:
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
-            if not isinstance(value, numbers.Real) or math.isnan(value) or value <= 0:
+            known = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if not known or math.isnan(value) or value <= 0:
                 raise ValueError(f"Law.{name} must be a number above 0, got {value!r}")
             if math.isinf(value) and name not in _THRESHOLDS:
                 raise ValueError(f"Law.{name} must be finite, got {value!r}")
             # Python's own numbers: numpy's would decide the dtypes of the state.
             whole = isinstance(value, numbers.Integral)
+            if whole and value >= 2**31:
+                raise ValueError(f"Law.{name} must be below 2**31, got {value!r}")
             object.__setattr__(self, name, int(value) if whole else float(value))
         for name in _FACTORS:
             if getattr(self, name) < 1:

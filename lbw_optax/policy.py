@@ -133,7 +133,9 @@ def decide(
         earned=jnp.where(learned, earned, c.earned),
         trust_radius=jnp.where(learned, radius, c.trust_radius),
         last_length=jnp.select(
-            [undone, moved], [c.last_length * keep, _product(factor, t.step_norm)], c.last_length
+            [undone, moved, blamed],
+            [c.last_length * keep, _product(factor, t.step_norm), 0],
+            c.last_length,
         ),
         last_slope=jnp.select(
             [undone, moved], [c.last_slope * keep, _product(factor, t.slope)], c.last_slope
@@ -181,7 +183,8 @@ def _judge(
     """Rejects or takes a step."""
     c, alarm = controller, diagnosis.alarm
     nonfinite = (alarm >= Cause.NONFINITE_GRADIENT) & (alarm <= Cause.NONFINITE_STEP)
-    harm = (alarm >= Cause.OVERSHOOT) & (alarm <= Cause.LOSS_JUMP)
+    # A step is blamed once: after that nothing is known of it.
+    harm = (alarm >= Cause.OVERSHOOT) & (alarm <= Cause.LOSS_JUMP) & (c.last_length > 0)
     rejected = nonfinite | (alarm == Cause.GRADIENT_SPIKE) | (harm & can_undo)
     exhausted = rejected & (c.rejections >= limits.max_rejections)
     # The first non-finite value is likely the batch's fault; the next ones may be the last step's.

@@ -42,6 +42,10 @@ def test_every_alarm_has_its_sign():
     assert alarm(spike=1.99, spike_allowed=2.0) == Cause.NONE
 
 
+def test_the_size_of_a_spike_is_in_units_of_what_recurring_spikes_let_pass():
+    assert diagnosis(spike=6.0, spike_allowed=2.0).size == pytest.approx(3)
+
+
 def test_a_hard_batch_is_no_alarm():
     """The loss jumps, but the last step is not to blame and the gradients are there."""
     assert alarm(innovation=10 * LAW.jump_noise) == Cause.NONE

@@ -159,6 +159,15 @@ def test_2_emitted_update_is_finite_whenever_the_parameters_are(tree, inner, mem
             assert is_finite(at(updates, i)), i
 
 
+def test_2_steps_beyond_the_dtype_of_parameters_that_are_not_given_stay_finite():
+    tx = guard(optax.scale(-1.0))
+    state = tx.init(jnp.ones(3, jnp.float16))
+    for _ in range(3):
+        updates, state = tx.update(jnp.full(3, 1e6), state)
+        assert is_finite(updates)
+        assert is_finite(state.last_step)
+
+
 @every_case
 @given(data=st.data())
 def test_3_step_is_inside_the_envelope(tree, inner, memory, data):

@@ -135,6 +135,24 @@ def test_harm_that_a_micro_batch_shows_shortens_the_next_step(memory, bad):
     assert max(scale[bad : bad + 3]) < 1
 
 
+def test_a_step_that_cannot_be_undone_is_blamed_once():
+    """Each micro-batch after it shows the same harm; the scale was cut for every one of them."""
+    rng = np.random.default_rng(0)
+    grads = np.float32(1 + 0.1 * rng.standard_normal((80, 8)))
+    value = np.float32(1e-6 * (1 + 0.1 * rng.standard_normal(80)))
+    whole = slice(40, 48)
+    grads[whole] *= -5
+    value[whole] *= 1e4
+    inner = optax.MultiSteps(optax.adam(1e-4), 8).gradient_transformation()
+    data = {"grads": grads, "value": value}
+    states = feed(guard(inner, memory="sparse"), jnp.ones(8), data)[2]
+    scale = np.array(states.controller.step_scale)
+    assert scale[39] == 1
+    assert 0.05 < scale[40] < 1
+    np.testing.assert_array_equal(scale[40:47], scale[40])
+    assert np.abs(states.statistics.overshoot_mean).max() < 1
+
+
 @every_mode
 def test_report_says_which_mode_senses_no_overshoot(memory):
     state = run(memory, stream())[2]

@@ -94,6 +94,8 @@ def test_good_argument_is_taken(good):
         ("cut_limit", 0.6),
         ("earned_least", 3.0),
         ("past_age", 1.0),
+        ("brief_steps", 2**31),
+        ("cut_noise", True),
     ],
 )
 def test_bad_constant_of_the_law_is_named(name, value):
