@@ -67,9 +67,11 @@ def keep_step(command: Command, moved: jax.Array, applied: Any, last_step: Any) 
             return d
         kept = command.factor * d.astype(_wide(d.dtype))
         shorter = jnp.where(undone, kept.astype(d.dtype), d)
-        # Without the parameters nothing keeps a step inside the range of their dtype.
-        largest = jnp.finfo(d.dtype).max
-        return jnp.where(moved, jnp.clip(e, -largest, largest).astype(d.dtype), shorter)
+        if e.dtype != d.dtype:
+            # Without the parameters nothing keeps a step inside the range of their dtype.
+            largest = jnp.finfo(d.dtype).max
+            e = jnp.clip(e, -largest, largest).astype(d.dtype)
+        return jnp.where(moved, e, shorter)
 
     return jax.tree.map(leaf, last_step, applied)
 

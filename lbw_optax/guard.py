@@ -19,7 +19,7 @@ from lbw_optax import (
     statistics,
 )
 from lbw_optax.interpretation import Cause
-from lbw_optax.law import Law
+from lbw_optax.law import Law, is_number
 from lbw_optax.policy import Action
 
 
@@ -192,7 +192,7 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
         )
         pressure = telemetry.step_norm / bounds.healthy
         diagnosis = interpretation.diagnose(
-            telemetry, signals, pressure, state.controller.too_long, can_undo, law
+            telemetry, signals, pressure, state.controller.too_long, moved, can_undo, law
         )
         regime, dwell = interpretation.next_regime(
             state.regime, state.dwell, diagnosis, last_scale, law
@@ -288,12 +288,12 @@ def _check(inner, mode, min_scale, relative_step_limit, max_rejections, log_size
         ("min_scale", min_scale, 1e-9, 1),
         ("relative_step_limit", relative_step_limit, 1e-6, 1e6),
     ):
-        if not (_is_number(number, numbers.Real) and low <= number <= high):
+        if not (is_number(number, numbers.Real) and low <= number <= high):
             raise ValueError(
                 f"guard: {name} must be in [{low:g}, {high:g}], got {number!r}{_hint(number)}"
             )
     for name, count in (("max_rejections", max_rejections), ("log_size", log_size)):
-        if not (_is_number(count, numbers.Integral) and 1 <= count < 2**31):
+        if not (is_number(count, numbers.Integral) and 1 <= count < 2**31):
             raise ValueError(
                 f"guard: {name} must be an integer in [1, 2**31), got {count!r}{_hint(count)}"
             )
@@ -305,7 +305,3 @@ def _hint(x: Any) -> str:
     if not isinstance(x, jax.Array):
         return ""
     return " (an array: inject_hyperparams must not inject it, name it in static_args)"
-
-
-def _is_number(x: Any, kind: type) -> bool:
-    return isinstance(x, kind) and not isinstance(x, bool)

@@ -78,6 +78,7 @@ def diagnose(
     signals: Signals,
     pressure: jax.Array,
     too_long: jax.Array,
+    moved: jax.Array,
     can_undo: bool,
     law: Law,
 ) -> Diagnosis:
@@ -95,6 +96,7 @@ def diagnose(
       signals: this step compared with the run so far.
       pressure: length of the inner step over the longest healthy length.
       too_long: steps in a row, before this one, that were `long`.
+      moved: whether there is a last step, and it has not been blamed yet.
       can_undo: whether the last step is remembered.
       law: the constants.
 
@@ -103,12 +105,12 @@ def diagnose(
     """
     t, s = telemetry, signals
     # A spiking gradient inflates its own product with the last step: measured as if it did not.
-    overshoot = t.overshoot / jnp.maximum(s.spike, 1)
+    overshoot = jnp.where(moved, t.overshoot / jnp.maximum(s.spike, 1), 0)
     noise = jnp.where(s.noise > 0, s.noise, jnp.inf)
     overshot = overshoot / (law.backtrack_noise * noise)
     jump = s.innovation / (law.jump_noise * noise)
     blamed = overshoot > law.jump_overshoot * noise
-    collapse = (jump > 1) & s.faded
+    collapse = moved & (jump > 1) & s.faded
     nonfinite = [
         (Cause.NONFINITE_GRADIENT, ~t.gradient_finite, 0.0),
         (Cause.NONFINITE_LOSS, ~t.loss_finite, 0.0),

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import numbers
+from typing import Any
 
 _SHARES = (
     "trust_way",
@@ -52,6 +53,11 @@ _ORDERED = (
     ("earned_least", "earned_most"),
 )
 """The two ends of a range."""
+
+
+def is_number(x: Any, kind: type) -> bool:
+    """Returns whether `x` is a number of a kind of `numbers`; a truth value is none."""
+    return isinstance(x, kind) and not isinstance(x, bool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,8 +235,7 @@ class Law:
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
-            known = isinstance(value, numbers.Real) and not isinstance(value, bool)
-            if not known or math.isnan(value) or value <= 0:
+            if not is_number(value, numbers.Real) or math.isnan(value) or value <= 0:
                 raise ValueError(f"Law.{name} must be a number above 0, got {value!r}")
             if math.isinf(value) and name not in _THRESHOLDS:
                 raise ValueError(f"Law.{name} must be finite, got {value!r}")

@@ -132,6 +132,7 @@ def decide(
         latch=jnp.where(learned | exhausted, latch, c.latch),
         earned=jnp.where(learned, earned, c.earned),
         trust_radius=jnp.where(learned, radius, c.trust_radius),
+        # A step is blamed once: where it cannot be undone, it is forgotten.
         last_length=jnp.select(
             [undone, moved, blamed],
             [c.last_length * keep, _product(factor, t.step_norm), 0],
@@ -183,8 +184,7 @@ def _judge(
     """Rejects or takes a step."""
     c, alarm = controller, diagnosis.alarm
     nonfinite = (alarm >= Cause.NONFINITE_GRADIENT) & (alarm <= Cause.NONFINITE_STEP)
-    # A step is blamed once: after that nothing is known of it.
-    harm = (alarm >= Cause.OVERSHOOT) & (alarm <= Cause.LOSS_JUMP) & (c.last_length > 0)
+    harm = (alarm >= Cause.OVERSHOOT) & (alarm <= Cause.LOSS_JUMP)
     rejected = nonfinite | (alarm == Cause.GRADIENT_SPIKE) | (harm & can_undo)
     exhausted = rejected & (c.rejections >= limits.max_rejections)
     # The first non-finite value is likely the batch's fault; the next ones may be the last step's.

@@ -20,7 +20,7 @@ def topologies(monkeypatch):
 
     def describe(name, platform, **kwargs):
         if platform not in found:
-            raise NotImplementedError(platform)
+            raise RuntimeError(f"no compiler for {platform}")
         return SimpleNamespace(devices=found[platform])
 
     monkeypatch.setattr(compilers.topologies, "get_topology_desc", describe)

@@ -19,10 +19,22 @@ def observed(overshoot=0.0, finite=(True, True, True)):
 
 
 def diagnosis(
-    pressure=0.1, too_long=0, overshoot=0.0, finite=(True, True, True), can_undo=True, **known
+    pressure=0.1,
+    too_long=0,
+    overshoot=0.0,
+    finite=(True, True, True),
+    moved=True,
+    can_undo=True,
+    **known,
 ):
-    shown, run = observed(overshoot, finite), signals(**known)
-    return diagnose(shown, run, jnp.float32(pressure), jnp.int32(too_long), can_undo, LAW)
+    shown = observed(overshoot, finite)
+    return judged(signals(**known), pressure, too_long, shown, moved, can_undo)
+
+
+def judged(run, pressure=0.1, too_long=0, shown=None, moved=True, can_undo=True):
+    shown = observed() if shown is None else shown
+    steps = jnp.float32(pressure), jnp.int32(too_long), jnp.bool_(moved)
+    return diagnose(shown, run, *steps, can_undo, LAW)
 
 
 def alarm(**known):
@@ -40,6 +52,13 @@ def test_every_alarm_has_its_sign():
     assert alarm(**jump, overshoot=1.01 * LAW.jump_overshoot) == Cause.LOSS_JUMP
     assert alarm(spike=1.01) == Cause.GRADIENT_SPIKE
     assert alarm(spike=1.99, spike_allowed=2.0) == Cause.NONE
+
+
+def test_without_a_last_step_there_is_no_harm():
+    jump = {"innovation": 1.01 * LAW.jump_noise, "moved": False}
+    assert alarm(**jump, faded=True) == Cause.NONE
+    assert alarm(**jump, overshoot=1e3 * LAW.backtrack_noise) == Cause.NONE
+    assert alarm(**jump, spike=1.01) == Cause.GRADIENT_SPIKE
 
 
 def test_the_size_of_a_spike_is_in_units_of_what_recurring_spikes_let_pass():
@@ -81,18 +100,18 @@ def test_suspicion_and_calm():
     assert not found.suspicion
     assert not diagnosis(pressure=1.01 * LAW.calm_ratio).calm
     mean = signals(overshoot=1.01 * LAW.stress_noise)
-    found = diagnose(observed(), mean, jnp.float32(0.1), jnp.int32(0), True, LAW)
+    found = judged(mean)
     assert found.suspicion
     assert not found.calm
     # Between the two, what would overshoot without the guard is not let go.
     mean = signals(overshoot=1.01 * float(signals().bearable))
-    found = diagnose(observed(), mean, jnp.float32(0.1), jnp.int32(0), True, LAW)
+    found = judged(mean)
     assert not found.suspicion
     assert not found.calm
     # A run that gains may overshoot; what is too long stays too long.
     mean = signals(overshoot=1.01 * LAW.stress_noise, gaining=True)
     for pressure, suspected in ((0.1, False), (1.01 * LAW.brief_pressure, True)):
-        found = diagnose(observed(), mean, jnp.float32(pressure), jnp.int32(0), True, LAW)
+        found = judged(mean, pressure)
         assert found.suspicion == suspected
 
 
@@ -102,7 +121,7 @@ def test_steps_that_do_not_add_up_may_overshoot_by_more(reach, noise):
     threshold = LAW.stress_noise * reach**2 * noise
     for share in (0.99, 1.01):
         mean = signals(overshoot=share * threshold, reach=reach, noise=noise)
-        found = diagnose(observed(), mean, jnp.float32(0.1), jnp.int32(0), True, LAW)
+        found = judged(mean)
         assert found.suspicion == (share > 1)
 
 

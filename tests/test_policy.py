@@ -30,7 +30,7 @@ def steered(length=0.0, allowance=1.0, **known):
     shown = telemetry(step_norm=length * LAW.share / LATCH)._replace(**finite)
     run = signals(**known)
     pressure = shown.step_norm / healthy
-    diagnosis = diagnose(shown, run, pressure, jnp.int32(0), True, LAW)
+    diagnosis = diagnose(shown, run, pressure, jnp.int32(0), jnp.bool_(True), True, LAW)
     stress, bounds = jnp.int32(Regime.STRESS), Envelope(healthy, healthy, jnp.float32(1e3))
     _, after = decide(
         controller, stress, diagnosis, shown, run, bounds, can_undo=True, law=LAW, limits=LIMITS

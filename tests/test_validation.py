@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import is_finite
 
 from lbw_optax import Law, guard
 
@@ -76,6 +77,18 @@ def test_good_argument_is_taken(good):
     params = jnp.ones(3)
     updates, _ = tx.update(params, tx.init(params), params, value=1.0)
     assert jnp.all(jnp.isfinite(updates))
+
+
+@pytest.mark.parametrize("params", [jnp.ones(3), jnp.zeros(3)], ids=["ones", "zeros"])
+def test_an_envelope_that_is_switched_off_leaves_a_finite_state(params):
+    law = Law(relative_step=math.inf, relative_step_start=math.inf)
+    tx = guard(optax.adam(0.1), law=law)
+    state = tx.init(params)
+    for value in (1.0, 2.0, 3.0):
+        updates, state = tx.update(value * jnp.ones(3), state, params, value=value)
+        params = optax.apply_updates(params, updates)
+    assert is_finite(state.controller)
+    assert is_finite(params)
 
 
 @pytest.mark.parametrize(
