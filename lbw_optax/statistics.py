@@ -24,7 +24,8 @@ class Statistics(NamedTuple):
       spike_tolerance: log of the factor by which spikes that recur have widened their test.
       loss_mean: mean of the loss over about the last 10 steps.
       loss_trend: mean of the loss over about the last 50 steps.
-      loss_past: mean of the loss over the run, later steps counting for more.
+      loss_past: mean of the loss over the run, later steps counting for more; what the loss rises
+        by for good is left out.
       loss_variance: variance of the loss around its mean, not yet bias-corrected.
       overshoots: how many overshoots were accepted.
       overshoot_mean: mean of overshoot / scale^2, not yet bias-corrected.
@@ -263,12 +264,15 @@ def learn_loss(statistics: Statistics, loss: jax.Array, signals: Signals, law: L
     innovation = jnp.clip(signals.innovation, -_LARGEST, _LARGEST)
     bound = law.noise_clip * signals.noise
     variance = jnp.clip(innovation, -bound, bound) ** 2
+    mean, trend = _ema(s.loss_mean, loss, fast), _ema(s.loss_trend, loss, slow)
+    past = _ema(s.loss_past, loss, power / (index + power))
     return s._replace(
         losses=optax.safe_increment(s.losses),
         strays=jnp.where(stray, optax.safe_increment(s.strays), 0),
-        loss_mean=_ema(s.loss_mean, loss, fast),
-        loss_trend=_ema(s.loss_trend, loss, slow),
-        loss_past=_ema(s.loss_past, loss, power / (index + power)),
+        loss_mean=mean,
+        loss_trend=trend,
+        # A task that changes begins anew: its gain counts from where both means say it began.
+        loss_past=jnp.maximum(past, jnp.minimum(mean, trend) - signals.noise),
         loss_variance=_ema(s.loss_variance, variance, 1 - law.noise_decay),
     )
 

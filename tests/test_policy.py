@@ -48,13 +48,10 @@ STRAIGHT = {"overshoot": -10.0, "slope": 1.0}
 
 
 def test_what_costs_more_than_it_gains_is_annealed():
-    assert earned(0.5, **COSTLY) == pytest.approx(1 / LAW.growth)
+    for gaining in (False, True):
+        assert earned(0.5, **COSTLY, gaining=gaining) == pytest.approx(1 / LAW.growth)
     assert earned(0.5, **COSTLY | {"bearable": 0.2}) == 1
     assert earned(0.5, **COSTLY, overshoot_error=9.0) == 1
-
-
-def test_nothing_is_annealed_while_the_run_gains_for_certain():
-    assert earned(0.5, **COSTLY, gaining=True) == 1
 
 
 def test_steps_that_end_on_a_slope_are_earned_back_up_to_the_latch_alone():
