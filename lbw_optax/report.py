@@ -100,12 +100,12 @@ def _find(opt_state: Any) -> GuardState:
     found = _guards(opt_state)
     if len(found) != 1:
         raise ValueError(f"opt_state must hold exactly one guard, found {len(found)}")
-    # nnx keeps each array in a variable of its own.
-    state = jax.tree.map(lambda x: x[...] if _is_variable(x) else x, found[0], is_leaf=_is_variable)
-    if isinstance(state.regime, Tracer | jax.ShapeDtypeStruct):
+    if any(isinstance(x, Tracer | jax.ShapeDtypeStruct) for x in jax.tree.leaves(found[0].regime)):
         raise ValueError(
             "opt_state must hold numbers, got a tracer or a shape: read it outside jit and scan"
         )
+    # nnx keeps each array in a variable of its own.
+    state = jax.tree.map(lambda x: x[...] if _is_variable(x) else x, found[0], is_leaf=_is_variable)
     runs = np.shape(state.regime)
     if runs:
         raise ValueError(

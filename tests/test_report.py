@@ -108,6 +108,9 @@ def test_states_without_numbers_are_refused(read):
         jax.jit(lambda s: read(s) and 0)(state)
     with pytest.raises(ValueError, match="outside jit"):
         read(jax.eval_shape(inner().init, PARAMS))
+    model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="outside jit"):
+        read(nnx.eval_shape(lambda: nnx.Optimizer(model, inner(), wrt=nnx.Param)).opt_state)
 
 
 def test_fresh_guard_reports_nothing():
