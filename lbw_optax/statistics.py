@@ -81,7 +81,7 @@ class Signals(NamedTuple):
       innovation: loss minus its mean; 0 without the loss.
       reach: how much longer steps may be because they do not add up as AdamW's do; at least 1.
       bearable: mean overshoot that what the run gains is worth.
-      gaining: whether the loss has fallen for certain in the last 50 steps.
+      gain: how far the loss has fallen in the last 50 steps, in units of what is certain.
       slope: mean of |<g_t, u_t>|.
       spike: gradient norm in units of what counts as a spike.
       spike_allowed: what the spikes of the run so far let pass, in the same units.
@@ -94,7 +94,7 @@ class Signals(NamedTuple):
     innovation: jax.Array  # shape=(), dtype=float32
     reach: jax.Array  # shape=(), dtype=float32
     bearable: jax.Array  # shape=(), dtype=float32
-    gaining: jax.Array  # shape=(), dtype=bool
+    gain: jax.Array  # shape=(), dtype=float32
     slope: jax.Array  # shape=(), dtype=float32
     spike: jax.Array  # shape=(), dtype=float32
     spike_allowed: jax.Array  # shape=(), dtype=float32
@@ -127,14 +127,15 @@ def compare(
         noise = jnp.sqrt(_debias(s.loss_variance, law.noise_decay, s.losses))
         noise = jnp.maximum(noise, floor)
         innovation = jnp.where(s.losses > 0, t.loss - s.loss_mean, 0)
-        gaining = s.loss_trend - s.loss_mean > law.gain_noise * noise
+        certain = jnp.where(noise > 0, law.gain_noise * noise, jnp.inf)
+        gain = (s.loss_trend - s.loss_mean) / certain
         gained = s.loss_past - s.loss_mean
         bearable = jnp.maximum(gained / law.mixing_steps, law.bearable_least * noise)
     else:
         noise = law.blind_noise * last_scale * slope
         innovation = jnp.zeros([], jnp.float32)
         bearable = law.bearable_blind * noise
-        gaining = jnp.zeros([], bool)
+        gain = jnp.zeros([], jnp.float32)
     ratio = t.gradient_norm / jnp.where(s.gradient_mean > 0, s.gradient_mean, jnp.inf)
     warmup = jnp.maximum(law.gradient_warmup / jnp.maximum(n, 1).astype(jnp.float32), 1)
     overshoot = _debias(s.overshoot_mean, law.overshoot_decay, s.overshoots)
@@ -148,7 +149,7 @@ def compare(
         innovation=innovation,
         reach=reach,
         bearable=bearable * reach**2,
-        gaining=gaining,
+        gain=gain,
         slope=slope,
         spike=ratio / (law.spike_ratio * warmup),
         spike_allowed=jnp.exp(s.spike_tolerance),

@@ -161,7 +161,7 @@ def over(losses):
 def test_a_run_gains_where_its_loss_falls_for_certain(fall, share):
     """Of noise alone about one step in forty looks like progress, as twice the error says."""
     rng = np.random.default_rng(0)
-    gains = over(100 + rng.standard_normal(5000) - fall * np.arange(5000)).gaining[200:]
+    gains = over(100 + rng.standard_normal(5000) - fall * np.arange(5000)).gain[200:] > 1
     assert share[0] <= jnp.mean(gains) <= share[1]
 
 
