@@ -128,7 +128,7 @@ def diagnose(
     size = jnp.select(found, [jnp.asarray(x, jnp.float32) for _, _, x in table], pressure)
     # A healthy run overshoots as well, where some directions are done; it gains in the others.
     certain = s.overshoot - s.overshoot_error
-    bounce = (certain > law.stress_noise * s.reach**2 * noise) & (s.gain <= 1)
+    bounce = (certain > law.stress_noise * s.reach**2 * noise) & ~s.gaining
     # One hard batch makes one long step: only a far too long one is suspected at once.
     long = pressure > law.stress_pressure
     pressed = (pressure > law.brief_pressure) | (long & (too_long >= law.brief_steps))

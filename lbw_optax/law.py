@@ -191,8 +191,9 @@ class Law:
     sqrt((1 + b1) / (1 - b1)) for b1 = 0.9; a step below it means that the stress is over."""
     growth: float = 1.02
     """Factor per step by which the earned factor rises while steps are significantly too short,
-    and falls while they overshoot by more than the progress is worth, unless the loss falls by
-    twice what is certain. Above 0.4 (1 - overshoot_decay) it outruns its own evidence."""
+    and falls while they overshoot by more than the progress is worth and nothing is gained for
+    certain.
+    Above 0.4 (1 - overshoot_decay) it outruns its own evidence."""
     earn_straight: float = 0.25
     """Steps are too short while the mean slope at their end is more than this share of the slope
     at their start."""

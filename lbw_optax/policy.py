@@ -67,14 +67,14 @@ def decide(
       a_t &= \min(1, \mathrm{clip}(a_{t-1}, \lambda r_t, r_t)) \\
       h_t &= h_{t-1} \cdot \begin{cases}
         \gamma & q + 2 e_q < 0 \text{ and } -q s > \beta \bar a \\
-        1 / \gamma & (q - e_q) s^2 > \theta \text{ and gain} \le 2 \\
+        1 / \gamma & (q - e_q) s^2 > \theta \text{ and no certain gain} \\
         1 & \text{otherwise} \end{cases}, \quad
         a_t h_t \le r_t \\
       s_t &= \min(1, a_t h_t, \text{hard}_t / \|u_t\|)
 
     with :math:`a` the latch, :math:`h` the earned factor, :math:`q \pm e_q` the mean overshoot per
     squared scale and its standard error, :math:`\bar a` the mean slope, :math:`\theta` the bearable
-    overshoot, gain that of `Signals`, :math:`\eta_0` = ``law.share``, :math:`\mu` = ``law.allowance_share``,
+    overshoot, :math:`\eta_0` = ``law.share``, :math:`\mu` = ``law.allowance_share``,
     :math:`n / n_0` the controller's ``allowance``, :math:`\lambda` = ``law.slack``,
     :math:`\gamma` = ``law.growth`` and :math:`\beta` = ``law.earn_straight``. The latch holds the
     scale, not the step: the inner optimizer's own shortening of its steps survives.
@@ -247,9 +247,7 @@ def _regulate(
     straight = -s.overshoot * c.step_scale > law.earn_straight * s.slope
     too_short = straight & (s.overshoot + 2 * s.overshoot_error < 0)
     costly = (s.overshoot - s.overshoot_error) * c.step_scale**2 > s.bearable
-    # Four standard errors: a run that gains so much is not asked what its steps cost.
-    costly &= s.gain <= 2
-    rate = jnp.where(too_short, law.growth, jnp.where(costly, 1 / law.growth, 1))
+    rate = jnp.where(too_short, law.growth, jnp.where(costly & ~s.gaining, 1 / law.growth, 1))
     # No step under stress is longer than the latch alone may make it, whatever has been earned.
     most = jnp.minimum(law.earned_most, room / jnp.where(latch > 0, latch, 1))
     earned = jnp.clip(rate * c.earned, law.earned_least, most)

@@ -24,8 +24,7 @@ class Statistics(NamedTuple):
       spike_tolerance: log of the factor by which spikes that recur have widened their test.
       loss_mean: mean of the loss over about the last 10 steps.
       loss_trend: mean of the loss over about the last 50 steps.
-      loss_past: mean of the loss over the run, later steps counting for more; what the loss rises
-        by for good is left out.
+      loss_past: mean of the loss over the run, later steps counting for more.
       loss_variance: variance of the loss around its mean, not yet bias-corrected.
       overshoots: how many overshoots were accepted.
       overshoot_mean: mean of overshoot / scale^2, not yet bias-corrected.
@@ -81,7 +80,7 @@ class Signals(NamedTuple):
       innovation: loss minus its mean; 0 without the loss.
       reach: how much longer steps may be because they do not add up as AdamW's do; at least 1.
       bearable: mean overshoot that what the run gains is worth.
-      gain: how far the loss has fallen in the last 50 steps, in units of what is certain.
+      gaining: whether the loss has fallen for certain in the last 50 steps.
       slope: mean of |<g_t, u_t>|.
       spike: gradient norm in units of what counts as a spike.
       spike_allowed: what the spikes of the run so far let pass, in the same units.
@@ -94,7 +93,7 @@ class Signals(NamedTuple):
     innovation: jax.Array  # shape=(), dtype=float32
     reach: jax.Array  # shape=(), dtype=float32
     bearable: jax.Array  # shape=(), dtype=float32
-    gain: jax.Array  # shape=(), dtype=float32
+    gaining: jax.Array  # shape=(), dtype=bool
     slope: jax.Array  # shape=(), dtype=float32
     spike: jax.Array  # shape=(), dtype=float32
     spike_allowed: jax.Array  # shape=(), dtype=float32
@@ -127,15 +126,14 @@ def compare(
         noise = jnp.sqrt(_debias(s.loss_variance, law.noise_decay, s.losses))
         noise = jnp.maximum(noise, floor)
         innovation = jnp.where(s.losses > 0, t.loss - s.loss_mean, 0)
-        certain = jnp.where(noise > 0, law.gain_noise * noise, jnp.inf)
-        gain = (s.loss_trend - s.loss_mean) / certain
+        gaining = s.loss_trend - s.loss_mean > law.gain_noise * noise
         gained = s.loss_past - s.loss_mean
         bearable = jnp.maximum(gained / law.mixing_steps, law.bearable_least * noise)
     else:
         noise = law.blind_noise * last_scale * slope
         innovation = jnp.zeros([], jnp.float32)
         bearable = law.bearable_blind * noise
-        gain = jnp.zeros([], jnp.float32)
+        gaining = jnp.zeros([], bool)
     ratio = t.gradient_norm / jnp.where(s.gradient_mean > 0, s.gradient_mean, jnp.inf)
     warmup = jnp.maximum(law.gradient_warmup / jnp.maximum(n, 1).astype(jnp.float32), 1)
     overshoot = _debias(s.overshoot_mean, law.overshoot_decay, s.overshoots)
@@ -149,7 +147,7 @@ def compare(
         innovation=innovation,
         reach=reach,
         bearable=bearable * reach**2,
-        gain=gain,
+        gaining=gaining,
         slope=slope,
         spike=ratio / (law.spike_ratio * warmup),
         spike_allowed=jnp.exp(s.spike_tolerance),
@@ -265,15 +263,12 @@ def learn_loss(statistics: Statistics, loss: jax.Array, signals: Signals, law: L
     innovation = jnp.clip(signals.innovation, -_LARGEST, _LARGEST)
     bound = law.noise_clip * signals.noise
     variance = jnp.clip(innovation, -bound, bound) ** 2
-    mean, trend = _ema(s.loss_mean, loss, fast), _ema(s.loss_trend, loss, slow)
-    past = _ema(s.loss_past, loss, power / (index + power))
     return s._replace(
         losses=optax.safe_increment(s.losses),
         strays=jnp.where(stray, optax.safe_increment(s.strays), 0),
-        loss_mean=mean,
-        loss_trend=trend,
-        # A task that changes begins anew: its gain counts from where both means say it began.
-        loss_past=jnp.maximum(past, jnp.minimum(mean, trend) - signals.noise),
+        loss_mean=_ema(s.loss_mean, loss, fast),
+        loss_trend=_ema(s.loss_trend, loss, slow),
+        loss_past=_ema(s.loss_past, loss, power / (index + power)),
         loss_variance=_ema(s.loss_variance, variance, 1 - law.noise_decay),
     )
 

@@ -109,7 +109,7 @@ def test_suspicion_and_calm():
     assert not found.suspicion
     assert not found.calm
     # A run that gains may overshoot; what is too long stays too long.
-    mean = signals(overshoot=1.01 * LAW.stress_noise, gain=1.01)
+    mean = signals(overshoot=1.01 * LAW.stress_noise, gaining=True)
     for pressure, suspected in ((0.1, False), (1.01 * LAW.brief_pressure, True)):
         found = judged(mean, pressure)
         assert found.suspicion == suspected

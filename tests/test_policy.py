@@ -48,15 +48,18 @@ STRAIGHT = {"overshoot": -10.0, "slope": 1.0}
 
 
 def test_what_costs_more_than_it_gains_is_annealed():
-    assert earned(0.5, **COSTLY, gain=1.99) == pytest.approx(1 / LAW.growth)
-    assert earned(0.5, **COSTLY, gain=2.01) == 1
+    assert earned(0.5, **COSTLY) == pytest.approx(1 / LAW.growth)
     assert earned(0.5, **COSTLY | {"bearable": 0.2}) == 1
     assert earned(0.5, **COSTLY, overshoot_error=9.0) == 1
 
 
+def test_nothing_is_annealed_while_the_run_gains_for_certain():
+    assert earned(0.5, **COSTLY, gaining=True) == 1
+
+
 def test_steps_that_end_on_a_slope_are_earned_back_up_to_the_latch_alone():
     assert earned(0.5, **STRAIGHT) == pytest.approx(LAW.growth)
-    assert earned(0.5, **STRAIGHT, gain=2.01) == pytest.approx(LAW.growth)
+    assert earned(0.5, **STRAIGHT, gaining=True) == pytest.approx(LAW.growth)
     assert earned(0.5, **STRAIGHT, overshoot_error=6.0) == 1
     assert earned(1.0, **STRAIGHT) == pytest.approx(1, rel=1e-6)
 

@@ -161,7 +161,7 @@ def over(losses):
 def test_a_run_gains_where_its_loss_falls_for_certain(fall, share):
     """Of noise alone about one step in forty looks like progress, as twice the error says."""
     rng = np.random.default_rng(0)
-    gains = over(100 + rng.standard_normal(5000) - fall * np.arange(5000)).gain[200:] > 1
+    gains = over(100 + rng.standard_normal(5000) - fall * np.arange(5000)).gaining[200:]
     assert share[0] <= jnp.mean(gains) <= share[1]
 
 
@@ -178,20 +178,3 @@ def test_a_run_that_gains_nothing_bears_the_least():
     rng = np.random.default_rng(0)
     run = over(2 + 0.1 * rng.standard_normal(5000) + np.linspace(0, 1, 5000))
     assert float(run.bearable[-1]) == pytest.approx(Law().bearable_least * float(run.noise[-1]))
-
-
-def test_a_task_that_changes_counts_its_gain_from_where_it_begins():
-    law, rng = Law(), np.random.default_rng(0)
-    before, after = np.ones(2000), 10 - 0.02 * np.arange(300)
-    losses = np.concatenate([before, after]) + 0.01 * rng.standard_normal(2300)
-    most = (after[0] - after[-1]) / law.mixing_steps
-    assert 0.3 * most < over(losses).bearable[-1] < most
-
-
-def test_one_hard_batch_is_no_change_of_task():
-    """It enters the mean over the past by its own share alone."""
-    law, rng, where, size = Law(), np.random.default_rng(0), 500, 0.5
-    losses = 1 + 0.01 * rng.standard_normal(1000)
-    losses[where] += size
-    share = size * (1 / law.past_age - 1) / where
-    assert jnp.median(over(losses).bearable[where + 100 :]) < share / law.mixing_steps
