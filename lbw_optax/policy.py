@@ -67,7 +67,7 @@ def decide(
       a_t &= \min(1, \mathrm{clip}(a_{t-1}, \lambda r_t, r_t)) \\
       h_t &= h_{t-1} \cdot \begin{cases}
         \gamma & q + 2 e_q < 0 \text{ and } -q s > \beta \bar a \\
-        1 / \gamma & (q - e_q) s^2 > \theta \text{ and no certain gain} \\
+        1 / \gamma & (q - e_q) s^2 > \theta \text{ and not productive} \\
         1 & \text{otherwise} \end{cases}, \quad
         a_t h_t \le r_t \\
       s_t &= \min(1, a_t h_t, \text{hard}_t / \|u_t\|)
@@ -247,7 +247,7 @@ def _regulate(
     straight = -s.overshoot * c.step_scale > law.earn_straight * s.slope
     too_short = straight & (s.overshoot + 2 * s.overshoot_error < 0)
     costly = (s.overshoot - s.overshoot_error) * c.step_scale**2 > s.bearable
-    rate = jnp.where(too_short, law.growth, jnp.where(costly & ~s.gaining, 1 / law.growth, 1))
+    rate = jnp.where(too_short, law.growth, jnp.where(costly & ~s.productive, 1 / law.growth, 1))
     # No step under stress is longer than the latch alone may make it, whatever has been earned.
     most = jnp.minimum(law.earned_most, room / jnp.where(latch > 0, latch, 1))
     earned = jnp.clip(rate * c.earned, law.earned_least, most)

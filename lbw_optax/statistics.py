@@ -81,6 +81,7 @@ class Signals(NamedTuple):
       reach: how much longer steps may be because they do not add up as AdamW's do; at least 1.
       bearable: mean overshoot that what the run gains is worth.
       gaining: whether the loss has fallen for certain in the last 50 steps.
+      productive: whether it has, and by enough of what those steps promised.
       slope: mean of |<g_t, u_t>|.
       spike: gradient norm in units of what counts as a spike.
       spike_allowed: what the spikes of the run so far let pass, in the same units.
@@ -94,6 +95,7 @@ class Signals(NamedTuple):
     reach: jax.Array  # shape=(), dtype=float32
     bearable: jax.Array  # shape=(), dtype=float32
     gaining: jax.Array  # shape=(), dtype=bool
+    productive: jax.Array  # shape=(), dtype=bool
     slope: jax.Array  # shape=(), dtype=float32
     spike: jax.Array  # shape=(), dtype=float32
     spike_allowed: jax.Array  # shape=(), dtype=float32
@@ -120,20 +122,24 @@ def compare(
     s, t = statistics, telemetry
     n = s.observations
     slope = _debias(s.slope_mean, law.overshoot_decay, s.slopes)
+    reach = _reach(s.persistence, law)
     if has_loss:
         early = s.losses < law.noise_warmup
         floor = jnp.where(early, law.noise_floor_start, law.noise_floor) * jnp.abs(s.loss_mean)
         noise = jnp.sqrt(_debias(s.loss_variance, law.noise_decay, s.losses))
         noise = jnp.maximum(noise, floor)
         innovation = jnp.where(s.losses > 0, t.loss - s.loss_mean, 0)
-        gaining = s.loss_trend - s.loss_mean > law.gain_noise * noise
+        gain = s.loss_trend - s.loss_mean
+        gaining = gain > law.gain_noise * noise
+        # Of steps that do not add up, a smaller part can be progress.
+        productive = gaining & (gain * reach**2 > law.gain_slopes * last_scale * slope)
         gained = s.loss_past - s.loss_mean
         bearable = jnp.maximum(gained / law.mixing_steps, law.bearable_least * noise)
     else:
         noise = law.blind_noise * last_scale * slope
         innovation = jnp.zeros([], jnp.float32)
         bearable = law.bearable_blind * noise
-        gaining = jnp.zeros([], bool)
+        gaining = productive = jnp.zeros([], bool)
     ratio = t.gradient_norm / jnp.where(s.gradient_mean > 0, s.gradient_mean, jnp.inf)
     warmup = jnp.maximum(law.gradient_warmup / jnp.maximum(n, 1).astype(jnp.float32), 1)
     overshoot = _debias(s.overshoot_mean, law.overshoot_decay, s.overshoots)
@@ -141,13 +147,13 @@ def compare(
     # Standard error of an exponential mean: its weights' squares add up to (1 - b) / (1 + b).
     share = (1 - law.overshoot_decay) / (1 + law.overshoot_decay)
     error = jnp.sqrt(jnp.maximum(square - overshoot**2, 0) * share)
-    reach = _reach(s.persistence, law)
     return Signals(
         noise=noise,
         innovation=innovation,
         reach=reach,
         bearable=bearable * reach**2,
         gaining=gaining,
+        productive=productive,
         slope=slope,
         spike=ratio / (law.spike_ratio * warmup),
         spike_allowed=jnp.exp(s.spike_tolerance),

@@ -53,13 +53,14 @@ def test_what_costs_more_than_it_gains_is_annealed():
     assert earned(0.5, **COSTLY, overshoot_error=9.0) == 1
 
 
-def test_nothing_is_annealed_while_the_run_gains_for_certain():
-    assert earned(0.5, **COSTLY, gaining=True) == 1
+def test_nothing_is_annealed_while_the_steps_are_productive():
+    assert earned(0.5, **COSTLY, productive=True) == 1
+    assert earned(0.5, **COSTLY, gaining=True) == pytest.approx(1 / LAW.growth)
 
 
 def test_steps_that_end_on_a_slope_are_earned_back_up_to_the_latch_alone():
     assert earned(0.5, **STRAIGHT) == pytest.approx(LAW.growth)
-    assert earned(0.5, **STRAIGHT, gaining=True) == pytest.approx(LAW.growth)
+    assert earned(0.5, **STRAIGHT, productive=True) == pytest.approx(LAW.growth)
     assert earned(0.5, **STRAIGHT, overshoot_error=6.0) == 1
     assert earned(1.0, **STRAIGHT) == pytest.approx(1, rel=1e-6)
 

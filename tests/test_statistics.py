@@ -145,14 +145,14 @@ def test_spikes_in_a_row_are_one():
     assert set(np.delete(taken, burst)) == {Action.PASS}
 
 
-def over(losses):
-    """Returns the signals before each loss of a run that gives nothing else."""
-    one = jnp.float32(1)
+def over(losses, scale=1.0, **known):
+    """Returns the signals before each loss of a run whose steps are alike but for it."""
+    scale = jnp.float32(scale)
 
     def step(run, loss):
-        shown = telemetry(loss=loss)
-        signals = compare(run, shown, one, True, Law())
-        return observe(run, shown, signals, one, jnp.bool_(True), True, Law()), signals
+        shown = telemetry(loss=loss, **known)
+        signals = compare(run, shown, scale, True, Law())
+        return observe(run, shown, signals, scale, jnp.bool_(True), True, Law()), signals
 
     return jax.lax.scan(step, init_statistics(), jnp.float32(losses))[1]
 
@@ -163,6 +163,20 @@ def test_a_run_gains_where_its_loss_falls_for_certain(fall, share):
     rng = np.random.default_rng(0)
     gains = over(100 + rng.standard_normal(5000) - fall * np.arange(5000)).gaining[200:]
     assert share[0] <= jnp.mean(gains) <= share[1]
+
+
+@pytest.mark.parametrize(("alignment", "reach"), [(0.85, 1.0), (0.0, 12.33**0.5)])
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+@pytest.mark.parametrize(("kept", "productive"), [(0.04, False), (0.06, True)])
+def test_steps_are_productive_where_a_twentieth_of_their_promise_is_kept(
+    kept, productive, scale, alignment, reach
+):
+    """Whatever their scale; where they do not add up, a part smaller by the squared reach."""
+    promise = 0.5
+    fall = kept * promise * scale / reach**2
+    run = over(-fall * np.arange(500), scale, slope=-promise, step_norm=1.0, alignment=alignment)
+    assert run.gaining[100:].all()
+    assert (run.productive[200:] == productive).all()
 
 
 @pytest.mark.parametrize("steps", [200, 500, 2000])
