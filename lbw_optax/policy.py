@@ -77,7 +77,8 @@ def decide(
     overshoot, :math:`\eta_0` = ``law.share``, :math:`\mu` = ``law.allowance_share``,
     :math:`n / n_0` the controller's ``allowance``, :math:`\lambda` = ``law.slack``,
     :math:`\gamma` = ``law.growth`` and :math:`\beta` = ``law.earn_straight``. The latch holds the
-    scale, not the step: the inner optimizer's own shortening of its steps survives.
+    scale, not the step: the inner optimizer's own shortening of its steps survives. What is
+    productive stands in `Signals`.
 
     Args:
       controller: the policy's memory.

@@ -81,7 +81,7 @@ class Signals(NamedTuple):
       reach: how much longer steps may be because they do not add up as AdamW's do; at least 1.
       bearable: mean overshoot that what the run gains is worth.
       gaining: whether the loss has fallen for certain in the last 50 steps.
-      productive: whether it has, and by enough of what those steps promised.
+      productive: whether it has, and by enough of what the steps promise.
       slope: mean of |<g_t, u_t>|.
       spike: gradient norm in units of what counts as a spike.
       spike_allowed: what the spikes of the run so far let pass, in the same units.
@@ -131,8 +131,10 @@ def compare(
         innovation = jnp.where(s.losses > 0, t.loss - s.loss_mean, 0)
         gain = s.loss_trend - s.loss_mean
         gaining = gain > law.gain_noise * noise
+        # Per loss: micro-batches have one each, and only the last of them makes a step.
+        promise = last_scale * slope * (s.slopes / jnp.maximum(s.losses, 1))
         # Of steps that do not add up, a smaller part can be progress.
-        productive = gaining & (gain * reach**2 > law.gain_slopes * last_scale * slope)
+        productive = gaining & (gain * reach**2 / law.gain_slopes > promise)
         gained = s.loss_past - s.loss_mean
         bearable = jnp.maximum(gained / law.mixing_steps, law.bearable_least * noise)
     else:

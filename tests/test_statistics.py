@@ -145,16 +145,18 @@ def test_spikes_in_a_row_are_one():
     assert set(np.delete(taken, burst)) == {Action.PASS}
 
 
-def over(losses, scale=1.0, **known):
-    """Returns the signals before each loss of a run whose steps are alike but for it."""
+def over(losses, scale=1.0, every=1, slope=0.0, alignment=1.0):
+    """Returns the signals before each loss of a run with a step of length 1 `every` few losses."""
     scale = jnp.float32(scale)
 
-    def step(run, loss):
-        shown = telemetry(loss=loss, **known)
+    def step(run, shown):
+        index, loss = shown
+        length = jnp.float32(index % every == every - 1)
+        shown = telemetry(loss=loss, slope=slope * length, step_norm=length, alignment=alignment)
         signals = compare(run, shown, scale, True, Law())
         return observe(run, shown, signals, scale, jnp.bool_(True), True, Law()), signals
 
-    return jax.lax.scan(step, init_statistics(), jnp.float32(losses))[1]
+    return jax.lax.scan(step, init_statistics(), (jnp.arange(len(losses)), jnp.float32(losses)))[1]
 
 
 @pytest.mark.parametrize(("fall", "share"), [(0.0, (0.0, 0.05)), (0.02, (0.7, 1.0))])
@@ -166,17 +168,17 @@ def test_a_run_gains_where_its_loss_falls_for_certain(fall, share):
 
 
 @pytest.mark.parametrize(("alignment", "reach"), [(0.85, 1.0), (0.0, 12.33**0.5)])
-@pytest.mark.parametrize("scale", [1.0, 0.1])
+@pytest.mark.parametrize(("scale", "every"), [(1.0, 1), (0.1, 1), (1.0, 4)])
 @pytest.mark.parametrize(("kept", "productive"), [(0.04, False), (0.06, True)])
 def test_steps_are_productive_where_a_twentieth_of_their_promise_is_kept(
-    kept, productive, scale, alignment, reach
+    kept, productive, scale, every, alignment, reach
 ):
-    """Whatever their scale; where they do not add up, a part smaller by the squared reach."""
+    """Whatever scale and micro-batches; where they do not add up, less by the squared reach."""
     promise = 0.5
-    fall = kept * promise * scale / reach**2
-    run = over(-fall * np.arange(500), scale, slope=-promise, step_norm=1.0, alignment=alignment)
+    fall = kept * promise * scale / every / reach**2
+    run = over(-fall * np.arange(1000), scale, every, slope=-promise, alignment=alignment)
     assert run.gaining[100:].all()
-    assert (run.productive[200:] == productive).all()
+    assert (run.productive[800:] == productive).all()
 
 
 @pytest.mark.parametrize("steps", [200, 500, 2000])

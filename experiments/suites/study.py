@@ -50,7 +50,7 @@ SWITCHED_OFF: dict[str, dict[str, float]] = {
         "earned_least": 1.0,
     },
     "no suspicion from overshoot": {"stress_noise": OFF},
-    "suspicion from overshoot whether or not the run gains": {"gain_noise": OFF},
+    "suspicion and annealing whether or not the run gains": {"gain_noise": OFF},
     "annealing whether or not steps are productive": {"gain_slopes": OFF},
     "no gradient spike test, so no hold of finite gradients": {"spike_ratio": OFF},
     "no jump and no collapse test": {"jump_noise": OFF},
