@@ -194,3 +194,12 @@ def test_a_run_that_gains_nothing_bears_the_least():
     rng = np.random.default_rng(0)
     run = over(2 + 0.1 * rng.standard_normal(5000) + np.linspace(0, 1, 5000))
     assert float(run.bearable[-1]) == pytest.approx(Law().bearable_least * float(run.noise[-1]))
+
+
+def test_one_hard_batch_is_no_change_of_task():
+    """It enters the mean over the past by its own share alone."""
+    law, rng, where, size = Law(), np.random.default_rng(0), 500, 0.5
+    losses = 1 + 0.01 * rng.standard_normal(1000)
+    losses[where] += size
+    share = size * (1 / law.past_age - 1) / where
+    assert jnp.median(over(losses).bearable[where + 100 :]) < share / law.mixing_steps
