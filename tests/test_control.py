@@ -48,7 +48,7 @@ FAULTS = {
 }
 
 run = exact_jit(feed, static_argnums=0)
-TX = guard(optax.adam(1e-4))
+TX, LAW = guard(optax.adam(1e-4)), Law()
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -83,10 +83,16 @@ def test_second_moment_never_sees_a_huge_gradient():
     assert max(largest) < 100
 
 
-def test_unguarded_adam_does_not_survive_the_same_faults():
+@pytest.mark.parametrize("fault", ["nan_gradient", "inf_entry", "spike_1e6", "spike_1e25"])
+def test_unguarded_adam_is_ruined_by_the_same_gradients(fault):
+    """Its state is not finite any more, or its second moment so large that it all but stops."""
     bare = optax.with_extra_args_support(optax.adam(1e-4))
-    stream = faulty(healthy_stream(), [FAULT], grads=lambda g: g * 1e25)
-    assert not is_finite(run(bare, START, stream))
+    clean, broken = (
+        run(bare, START, stream)
+        for stream in (healthy_stream(), faulty(healthy_stream(), [FAULT], **FAULTS[fault][0]))
+    )
+    moved, expected = (norm(at(updates, -1)) for _, updates, _ in (broken, clean))
+    assert not is_finite(broken) or moved < expected / 10
 
 
 def test_fault_on_the_very_first_step_is_held():
@@ -157,8 +163,8 @@ def test_blow_up_step_is_undone():
     assert is_finite((params, state))
 
 
-def test_backtrack_restores_most_of_the_parameters():
-    """Loss and overshoot jump right after a step: a part of just that step is taken back."""
+def test_backtrack_takes_back_a_part_of_the_last_step():
+    """Loss and overshoot jump right after a step: at least half of just that step is undone."""
     stream = healthy_stream()
     bad = jax.tree.map(lambda g: -5 * g, at(stream["grads"], FAULT))
     stream["grads"] = jax.tree.map(lambda g, x: g.at[FAULT].set(x), stream["grads"], bad)
@@ -170,7 +176,7 @@ def test_backtrack_restores_most_of_the_parameters():
         norm(jax.tree.map(lambda a, b: a - b, at(params, FAULT - 1), at(params, i)))
         for i in (FAULT, FAULT + 1)
     )
-    assert after < before
+    assert LAW.cut_limit * before * 0.99 < after < LAW.cut * before * 1.01
     assert bits(at(states.inner_state, FAULT)) == bits(at(states.inner_state, FAULT - 1))
 
 
@@ -229,7 +235,7 @@ def test_learning_rate_far_too_high_ends_near_the_tuned_one(tuned, multiple):
     assert report(state).control_active_steps > 0
 
 
-def test_the_tuned_rate_is_left_alone_or_nearly(tuned):
+def test_at_the_tuned_rate_the_guard_costs_next_to_nothing(tuned):
     params, batches = mlp_problem()
     _, _, losses = train(guard(optax.adam(TUNED)), mlp_loss, params, 400, batches)
     assert final(losses) < 1.1 * tuned

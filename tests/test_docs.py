@@ -18,7 +18,11 @@ import lbw_optax
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = ["README.md", "docs/quickstart.md", "docs/recipes.md"]
+PAGES = sorted(
+    str(page.relative_to(ROOT))
+    for page in [README, *ROOT.glob("docs/**/*.md")]
+    if "```python" in page.read_text()
+)
 MODULES = [f"lbw_optax.{m.name}" for m in pkgutil.iter_modules(lbw_optax.__path__)]
 
 BLOCK = re.compile(
@@ -80,7 +84,13 @@ def test_only_blocks_with_a_reason_are_not_run():
         for found in BLOCK.finditer((ROOT / page).read_text())
         if found["marker"]
     ]
-    assert skipped == ["<!-- not run: several processes -->\n"]
+    reasons = (
+        "the quick start has the whole of it",
+        "a checkpoint from the hub",
+        "the model of the block above",
+        "several processes",
+    )
+    assert skipped == [f"<!-- not run: {reason} -->\n" for reason in reasons]
 
 
 @pytest.mark.parametrize("name", ["lbw_optax", *MODULES])
