@@ -71,7 +71,8 @@ class Dataset:
         found = corpus or CORPORA[job.corpus]()
         self._train = tokenized(found.documents(TRAIN), tokenizer)
         heldout = tokenized(found.documents(TEST), tokenizer)
-        for split, stream, least in ((TRAIN, self._train, job.seq_len + 1), (TEST, heldout, 2)):
+        least = job.seq_len + 1  # One sequence and its targets; fewer held out would say little.
+        for split, stream in ((TRAIN, self._train), (TEST, heldout)):
             if len(stream.tokens) < least:
                 raise UserError(
                     f"{found.name}, {split}: {len(stream.tokens)} tokens, but {least} are needed"

@@ -103,7 +103,7 @@ def momo_adam(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransforma
 
 
 def reduce_on_plateau(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-    """AdamW whose learning rate is halved when the mean loss of 10 steps stops to fall twice.
+    """AdamW whose learning rate is halved when the mean loss of 10 steps twice fails to fall.
 
     optax's defaults, a tenth after 10 single steps, end far worse: a step's loss is mostly noise.
     """

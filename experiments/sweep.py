@@ -14,6 +14,7 @@ import optax
 from experiments.data import BYTE_VOCABULARY
 from experiments.faults import Fault, rate_factor, spoil_batch, spoil_gradients
 from experiments.methods import evaluated
+from lbw_optax import Action
 
 MOST_AT_ONCE = 54
 """Runs that share a call of the compiled program: enough to hide its overhead, few for memory."""
@@ -174,8 +175,8 @@ def guard_counters(opt_state: Any) -> dict[str, jax.Array]:
         return {}
     return {
         "active": ledger.control_active_steps,
-        "holds": ledger.action_counts[2],
-        "backtracks": ledger.action_counts[3],
+        "holds": ledger.action_counts[Action.HOLD],
+        "backtracks": ledger.action_counts[Action.BACKTRACK],
         "min_scale": ledger.min_scale_seen,
     }
 

@@ -11,7 +11,7 @@ import optax
 
 from experiments.bench import Bar, Bench, Findings, Row, difference, losses, mean
 from experiments.faults import drills
-from experiments.methods import adamw, behind_guard
+from experiments.methods import adamw, behind_guard, warmup_cosine
 from experiments.report import Table, with_spread
 from experiments.sections.stress import adamw_best_rate
 from experiments.sweep import sweep
@@ -35,17 +35,12 @@ class Variant(NamedTuple):
     """Dtype of the parameters."""
 
 
-def _warmup_cosine(rate: Any, steps: int) -> optax.GradientTransformation:
-    shape = optax.warmup_cosine_decay_schedule(0.0, 1.0, steps // 10, steps)
-    return optax.adamw(lambda step: rate * shape(step))
-
-
 VARIANTS = {
     "b2 = 0.95": Variant(lambda rate, steps: optax.adamw(rate, b2=0.95)),
     "b2 = 0.99": Variant(lambda rate, steps: optax.adamw(rate, b2=0.99)),
     "batch x4": Variant(lambda rate, steps: adamw(rate), batch_factor=4),
     "batch / 4": Variant(lambda rate, steps: adamw(rate), batch_factor=0.25),
-    "warmup + cosine": Variant(_warmup_cosine),
+    "warmup + cosine": Variant(warmup_cosine),
     "bfloat16 parameters": Variant(lambda rate, steps: adamw(rate), dtype=jnp.bfloat16),
 }
 """Name -> variant; AdamW's own `b2 = 0.999` is what all faults are measured with."""
