@@ -40,12 +40,12 @@ def step_bounds(
 
     .. math::
 
-      \rho_t = \max(\rho, \rho_0 (t + 1)^{-a}), \quad
-      \text{healthy} = \max(\rho_t w \|p\| \, n / n_0, f), \quad
+      \rho_t = \max(\rho, \rho_0 (t + 1)^{-\alpha}), \quad
+      \text{healthy} = \min(\max(\rho_t w \|p\| \, n / n_0, f), \text{hard}), \quad
       \text{hard} = \ell \max(\|p\|, \sqrt{n})
 
     with :math:`\rho` = ``law.relative_step``, :math:`\rho_0` = ``law.relative_step_start``,
-    :math:`a` = ``law.relative_step_power``, :math:`w` = ``reach``, :math:`f` the trust radius,
+    :math:`\alpha` = ``law.relative_step_power``, :math:`w` = ``reach``, :math:`f` the trust radius,
     :math:`\ell` = ``limits.relative_step_limit``, :math:`n` the number of parameters and
     :math:`n / n_0` the controller's ``allowance`` for those that started at zero.
 
@@ -107,11 +107,27 @@ def next_trust_radius(
 ) -> jax.Array:
     r"""Moves the radius to a small part of the way to the minimum of the last step's parabola.
 
-    .. math:: f' = f \, \mathrm{clip}(\nu a / (a + c), 1 / G, G)
+    .. math:: f' = f \, \mathrm{clip}(\nu a / (a + c), 1 / \Gamma, \Gamma)
 
     with :math:`a` and :math:`-c` the downward slope at the start and at the end of the step, so
-    that it went :math:`(a + c) / a` of that way, :math:`\nu` = ``law.trust_way`` and :math:`G` =
-    ``law.trust_growth``. Only a step that was bound lets the radius grow.
+    that it went :math:`(a + c) / a` of that way, :math:`\nu` = ``law.trust_way`` and
+    :math:`\Gamma` = ``law.trust_growth``. An open radius, that of parameters without a size, stays
+    open until a step did harm or the relative rule allows more.
+
+    Args:
+      controller: the policy's memory, with the radius and the last step's length and slope.
+      telemetry: this step, whose overshoot is the slope at the end of the last one.
+      bounds: this step's `Envelope`.
+      bound: whether the last step was shortened under stress; no other lets the radius grow.
+      harm: whether it did harm.
+      law: the constants.
+
+    Returns:
+      The new radius, a float32 scalar in units of the parameters; the old one without the
+      parameters.
+
+    References:
+      Conn, Gould and Toint, `Trust Region Methods <https://doi.org/10.1137/1.9780898719857>`_, 2000
     """
     c, t = controller, telemetry
     radius = _trust_radius(c, t, law)

@@ -144,8 +144,8 @@ class Law:
     stress_noise: float = 0.2
     """Mean overshoot, in standard deviations of the loss, that counts as stress. It stays below
     0.05 in small decoders that end well; at 0.1 two tasks learned by turns at their best learning
-    rate ended at .0145, at 0.2 at .0083 (without a guard .013). At 0.4 LoRA at 3 times its best
-    rate ends .009 worse than at 0.1 where the envelope is four times too wide, at 0.2 .007."""
+    rate ended at .0145, at 0.2 at .0083 (without a guard .013). With an envelope four times too
+    wide, LoRA at 3 times its best rate ends .007 worse at 0.2 than at 0.1, and .009 at 0.4."""
     backtrack_noise: float = 3.0
     """Overshoot of one step, in standard deviations of the loss, that undoes the step. In runs
     that collapse it reaches 1 to 40 within three steps. At 1 runs whose loss falls by orders of

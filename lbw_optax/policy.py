@@ -64,21 +64,22 @@ def decide(
 
       \eta &= \max(\eta_0, \min(\mu \, n / n_0, 1)), \quad
         r_t = \eta \, \text{healthy}_t / \|u_t\| \\
-      a_t &= \min(1, \mathrm{clip}(a_{t-1}, \lambda r_t, r_t)) \\
+      \ell_t &= \min(1, \mathrm{clip}(\ell_{t-1}, \lambda r_t, r_t)) \\
       h_t &= h_{t-1} \cdot \begin{cases}
         \gamma & q + 2 e_q < 0 \text{ and } -q s > \beta \bar a \\
         1 / \gamma & (q - e_q) s^2 > \theta \text{ and not productive} \\
         1 & \text{otherwise} \end{cases}, \quad
-        a_t h_t \le r_t \\
-      s_t &= \min(1, a_t h_t, \text{hard}_t / \|u_t\|)
+        \ell_t h_t \le r_t \\
+      s_t &= \max(s_0, \min(1, \ell_t h_t, G s_{t-1}, \text{hard}_t / \|u_t\|))
 
-    with :math:`a` the latch, :math:`h` the earned factor, :math:`q \pm e_q` the mean overshoot per
-    squared scale and its standard error, :math:`\bar a` the mean slope, :math:`\theta` the bearable
-    overshoot, :math:`\eta_0` = ``law.share``, :math:`\mu` = ``law.allowance_share``,
+    with :math:`\ell` the latch, :math:`h` the earned factor, :math:`q \pm e_q` the mean overshoot
+    per squared scale and its standard error, :math:`\bar a` the mean slope, :math:`\theta` the
+    bearable overshoot, :math:`\eta_0` = ``law.share``, :math:`\mu` = ``law.allowance_share``,
     :math:`n / n_0` the controller's ``allowance``, :math:`\lambda` = ``law.slack``,
-    :math:`\gamma` = ``law.growth`` and :math:`\beta` = ``law.earn_straight``. The latch holds the
-    scale, not the step: the inner optimizer's own shortening of its steps survives. What is
-    productive stands in `Signals`.
+    :math:`\gamma` = ``law.growth``, :math:`\beta` = ``law.earn_straight``, :math:`G` =
+    ``law.rise_limit`` and :math:`s_0` = ``limits.min_scale``. The latch holds the scale, not the
+    step: the inner optimizer's own shortening of its steps survives. What is productive stands in
+    `Signals`.
 
     Args:
       controller: the policy's memory.

@@ -188,6 +188,14 @@ def events(opt_state: Any) -> list[Event]:
 
     Raises:
       ValueError: if there is no guard in it, or more than one, or if it holds several runs.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, lbw_optax
+      >>> tx = lbw_optax.guard(optax.sgd(0.1))
+      >>> params = jnp.ones(2)
+      >>> _, state = tx.update(jnp.full(2, jnp.nan), tx.init(params), params)
+      >>> [(event.step, event.cause, event.action) for event in lbw_optax.events(state)]
+      [(0, 'NONFINITE_GRADIENT', 'HOLD')]
     """
     log = jax.device_get(_find(opt_state).ledger)
     size = len(log.ring.event_step)

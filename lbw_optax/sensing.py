@@ -98,7 +98,7 @@ def count_nonfinite(tree: Any) -> jax.Array:
 
 
 def became_nonfinite(old: Any, new: Any, scalars: bool) -> jax.Array:
-    """Counts the leaves that have such an entry and had none before.
+    """Counts the leaves that have an entry that is not finite, and had none before.
 
     Args:
       old: a tree of arrays.

@@ -75,8 +75,8 @@ class Signals(NamedTuple):
     """What the statistics say before this step is added to them, each a scalar.
 
     Attributes:
-      noise: standard deviation of the loss, the yardstick of the overshoot; without the loss, the
-        mean slope.
+      noise: standard deviation of the loss, the yardstick of the overshoot; without the loss, what
+        stands for it. This, `innovation`, `bearable` and `slope` have the unit of the loss.
       innovation: loss minus its mean; 0 without the loss.
       reach: how much longer steps may be because they do not add up as AdamW's do; at least 1.
       bearable: mean overshoot that what the run gains is worth.
@@ -107,7 +107,24 @@ class Signals(NamedTuple):
 def compare(
     statistics: Statistics, telemetry: Telemetry, last_scale: jax.Array, has_loss: bool, law: Law
 ) -> Signals:
-    """Compares one step with the run so far.
+    r"""Compares one step with the run so far.
+
+    .. math::
+
+      \sigma &= \max(\sigma_L, \nu |\bar L_\text{fast}|), \quad
+        \theta = w^2 \max((\bar L_\text{past} - \bar L_\text{fast}) / T, \epsilon \sigma) \\
+      \text{gaining} &: \bar L_\text{slow} - \bar L_\text{fast} > \zeta \sigma, \quad
+        \text{productive} : \text{gaining and }
+        \bar L_\text{slow} - \bar L_\text{fast} > \xi s \bar a / w^2 \\
+      e_q &= \sqrt{(\overline{q^2} - \bar q^2) (1 - \delta) / (1 + \delta)}
+
+    with :math:`\sigma` the noise, :math:`\sigma_L` the standard deviation of the loss, :math:`\nu`
+    = ``law.noise_floor``, at first ``law.noise_floor_start``, :math:`\bar L` the means of the loss,
+    :math:`\theta` what is bearable, :math:`w` the reach, :math:`T` = ``law.mixing_steps``,
+    :math:`\epsilon` = ``law.bearable_least``, :math:`\zeta` = ``law.gain_noise``, :math:`\xi` =
+    ``law.gain_slopes``, :math:`s` = ``last_scale``, :math:`\bar a` the mean slope per loss,
+    :math:`\bar q` and :math:`e_q` the mean overshoot per squared scale and its standard error, and
+    :math:`\delta` = ``law.overshoot_decay``.
 
     Args:
       statistics: the run so far.
@@ -169,12 +186,12 @@ def compare(
 def _reach(persistence: jax.Array, law: Law) -> jax.Array:
     r"""How much longer than AdamW's steps may be for the same distance in the long run.
 
-    .. math:: \sqrt{\frac{T}{1 - k + k T}}, \quad k = \min(1, |\kappa| / \kappa_0), \quad
-      T = \frac{1 + \kappa_0}{1 - \kappa_0}
+    .. math:: \sqrt{\frac{P}{1 - \phi + \phi P}}, \quad \phi = \min(1, |\kappa| / \kappa_0), \quad
+      P = \frac{1 + \kappa_0}{1 - \kappa_0}
 
     with :math:`\kappa` = ``persistence`` and :math:`\kappa_0` = ``law.persistence``. Noise that
-    persists for :math:`T` steps, as AdamW's does, moves the parameters by :math:`\sqrt T` times the
-    length of a step; here the share :math:`k` of a step persists like that, the rest not at all.
+    persists for :math:`P` steps, as AdamW's does, moves the parameters by :math:`\sqrt P` times the
+    length of a step; here the share :math:`\phi` of a step persists like that, the rest not at all.
     """
     lasting = (1 + law.persistence) / (1 - law.persistence)
     share = jnp.minimum(jnp.abs(persistence) / law.persistence, 1)
