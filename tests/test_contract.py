@@ -201,6 +201,19 @@ def test_types_are_constant_and_as_the_inner_makes_them(name, dtype):
 
 
 @every_inner
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed"])
+def test_faults_are_survived_in_every_dtype(name, dtype):
+    data = stream(dtype=dtype)
+    if not stable_types(bare(name), params(dtype), data):
+        pytest.skip("Optax: the types of the inner state change at its first step")
+    trail, updates, states = exact_jit(functools.partial(feed, guarded(name)))(params(dtype), data)
+    found = report(at(states, -1))
+    assert is_finite((trail, updates, find(states)))
+    assert found.nonfinite_steps >= 1
+    assert found.held_steps + found.backtracks >= found.nonfinite_steps
+
+
+@every_inner
 def test_extra_arguments_pass_and_loss_is_another_word_for_value(name):
     p, now = params(), at(stream(), 0)
     state = guarded(name).init(p)

@@ -114,6 +114,14 @@ def test_non_finite_values_in_a_row_also_shorten_the_last_step():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, -share * b, rtol=1e-3), undone, last)
 
 
+def test_after_a_few_non_finite_values_in_a_row_the_last_step_is_not_to_blame():
+    row = range(FAULT, FAULT + LAW.nonfinite_backtracks + 3)
+    _, _, states = run(TX, START, faulty(healthy_stream(), row, value=jnp.nan))
+    expected = [Action.HOLD, *[Action.BACKTRACK] * LAW.nonfinite_backtracks, *[Action.HOLD] * 2]
+    assert [actions(states)[i] for i in row] == expected
+    assert actions(states)[row.stop] == Action.PASS
+
+
 @pytest.mark.parametrize("memory", ["none", "sparse", "step"])
 def test_inner_optimizer_that_emits_nan_is_held(memory):
     """The inner divides by the gradient: 0 / 0 wherever a gradient is zero."""
@@ -178,6 +186,17 @@ def test_backtrack_takes_back_a_part_of_the_last_step():
     )
     assert LAW.cut_limit * before * 0.99 < after < LAW.cut * before * 1.01
     assert bits(at(states.inner_state, FAULT)) == bits(at(states.inner_state, FAULT - 1))
+
+
+@pytest.mark.parametrize(("fall", "blamed"), [(2.5, False), (4.0, True), (1e3, True)])
+def test_gradients_that_die_away_under_a_high_loss_blame_the_last_step(fall, blamed):
+    """The second side of the test: no spike is there to be seen, and no overshoot."""
+    stream = faulty(healthy_stream(), [FAULT], grads=lambda g: g / fall, value=5.0)
+    _, _, states = run(TX, START, stream)
+    assert actions(states)[FAULT] == (Action.BACKTRACK if blamed else Action.PASS)
+    assert report(at(states, -1)).causes.get("COLLAPSE", 0) == blamed
+    quiet = faulty(healthy_stream(), [FAULT], grads=lambda g: g / fall)
+    assert set(actions(run(TX, START, quiet)[2])) == {Action.PASS}
 
 
 def test_hard_batch_is_not_blamed_on_the_last_step():

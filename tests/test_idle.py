@@ -72,6 +72,7 @@ LOOPS = {
 
 IDLE_CASES = [
     ("eager", "momentum", jnp.float32),
+    ("eager", "adamw", jnp.bfloat16),
     ("update", "momentum", jnp.float32),
     ("update", "clip_adamw", jnp.bfloat16),
     ("step", "adamw", jnp.float32),
