@@ -5,10 +5,12 @@ A batch is a pure function of (seed, step), so a resumed run needs no iterator s
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
 import os
+import re
 import sysconfig
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -80,6 +82,22 @@ def python_manual() -> Text:
     return Text("the Python reference manual", "\n\n".join(dict.fromkeys(paragraphs)).encode())
 
 
+def word_tokens(text: Text, vocabulary: int) -> np.ndarray:
+    """A text as words: names, numbers and single signs, the rare ones all as one.
+
+    Args:
+      text: The text.
+      vocabulary: Number of token ids; the last one stands for all words that are too rare.
+
+    Returns:
+      A uint16 array of token ids, the most frequent word being 0.
+    """
+    words = re.findall(r"\w+|[^\w\s]", text.content.decode(errors="replace"))
+    frequent = collections.Counter(words).most_common(vocabulary - 1)
+    ids = {word: i for i, (word, _) in enumerate(frequent)}
+    return np.array([ids.get(word, vocabulary - 1) for word in words], np.uint16)
+
+
 def split(text: Text, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     """Splits a text into what is trained on and what is held out.
 
@@ -91,10 +109,15 @@ def split(text: Text, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
       Two uint8 arrays of bytes, the last one `HELDOUT_FRACTION` of the text.
     """
     tokens = np.frombuffer(text.content, np.uint8)
-    cut = len(tokens) - int(len(tokens) * HELDOUT_FRACTION)
     shortest = int(np.ceil((seq_len + 1) / HELDOUT_FRACTION))
     if len(tokens) < shortest:
         raise UserError(f"{text.name}: {len(tokens)} bytes of text, but {shortest} are needed")
+    return split_tokens(tokens)
+
+
+def split_tokens(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What is trained on, and the last `HELDOUT_FRACTION`, which is held out."""
+    cut = len(tokens) - int(len(tokens) * HELDOUT_FRACTION)
     return tokens[:cut], tokens[cut:]
 
 

@@ -1,4 +1,4 @@
-"""The three language-model tasks of the suites `quality` and `study`."""
+"""The language-model tasks of the suites `quality` and `study`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,31 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.data import crop_batch, heldout_windows, python_manual, split
+from experiments.data import (
+    crop_batch,
+    heldout_windows,
+    python_manual,
+    split,
+    split_tokens,
+    standard_library,
+    word_tokens,
+)
 from experiments.lora import add_lora
 from experiments.models.decoder import Decoder
 from experiments.presets import BenchPreset
 from experiments.pretrain import pretrained
 from experiments.train import next_token_loss
 
-TASKS = ("lora", "scratch", "full")
+BYTE_TASKS = ("lora", "scratch", "full")
 """LoRA fine-tune of the pretrained base, training from random values, full fine-tune of the base;
-all three on the Python manual."""
+all three on the bytes of the Python manual."""
+
+TASKS = (*BYTE_TASKS, "words")
+"""The same, and training from random values on the words of Python's standard library: most
+parameters are embeddings, which start far smaller than the other ones."""
+
+VOCABULARY = 4096
+"""Words that are told apart."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,16 +75,20 @@ def language_tasks(preset: BenchPreset, names: tuple[str, ...] = TASKS) -> dict[
     Returns:
       Name -> task.
     """
-    tokens, heldout = split(python_manual(), preset.seq_len)
-    windows = heldout_windows(
-        heldout, preset.seq_len, preset.heldout_windows, preset.heldout_windows
-    )
     base = None
-    if set(names) - {"scratch"}:
+    if set(names) & {"lora", "full"}:
         base = pretrained(preset.model, "float32", preset.seq_len, preset.pretrain)
-    makers = {"lora": _lora, "scratch": _scratch, "full": _full}
-    return {
-        name: Task(
+    makers = {"lora": _lora, "scratch": _scratch, "full": _full, "words": _words}
+    tasks = {}
+    for name in names:
+        if name == "words":
+            tokens, heldout = split_tokens(word_tokens(standard_library(), VOCABULARY))
+        else:
+            tokens, heldout = split(python_manual(), preset.seq_len)
+        # Logits over words are many: fewer windows at a time.
+        at_once = max(preset.heldout_windows // (8 if name == "words" else 1), 1)
+        windows = heldout_windows(heldout, preset.seq_len, at_once, preset.heldout_windows)
+        tasks[name] = Task(
             name,
             *makers[name](preset, base),
             jnp.asarray(tokens),
@@ -77,12 +96,16 @@ def language_tasks(preset: BenchPreset, names: tuple[str, ...] = TASKS) -> dict[
             preset.batch_size,
             preset.seq_len,
         )
-        for name in names
-    }
+    return tasks
 
 
 def _scratch(preset: BenchPreset, base: nnx.Module | None):
     return _trainable(lambda key: Decoder(preset.model, rngs=nnx.Rngs(key)), nnx.Param)
+
+
+def _words(preset: BenchPreset, base: nnx.Module | None):
+    model = dataclasses.replace(preset.model, vocab_size=VOCABULARY)
+    return _scratch(dataclasses.replace(preset, model=model), base)
 
 
 def _full(preset: BenchPreset, base: nnx.Module):

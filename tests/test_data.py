@@ -23,6 +23,14 @@ def test_manual_has_no_paragraph_twice():
     assert len(paragraphs) == len(set(paragraphs)) > 1000
 
 
+def test_words_are_numbered_by_frequency_and_the_rare_ones_are_all_one():
+    words = data.word_tokens(Text("t", b"if x: x = x1 + if_not\nif x:"), vocabulary=4)
+    np.testing.assert_array_equal(words, [1, 0, 2, 0, 3, 3, 3, 3, 1, 0, 2])
+    everything = data.word_tokens(data.standard_library(), 4096)
+    assert everything.max() == 4095
+    assert np.mean(everything == 4095) < 0.2
+
+
 def test_heldout_part_is_not_trained_on():
     content = bytes(range(100)) * 10
     train, heldout = data.split(Text("t", content), seq_len=16)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import lbw_optax
 from experiments import bench, faults, peers, presets, tasks
 from experiments.__main__ import main
+from experiments.data import BYTE_VOCABULARY
 from experiments.methods import baselines
 from experiments.models.config import DecoderConfig
 from experiments.models.decoder import Decoder
@@ -126,7 +127,7 @@ def test_quality(tmp_path, capsys, monkeypatch):
     assert "--methods 'Prodigi': unknown" in capsys.readouterr().err
     assert main([*command[:-1], "lore"]) == 2
     assert "--tasks lore: unknown" in capsys.readouterr().err
-    assert main([*command[:-1], "full", "--sections", "idle", "faults"]) == 2
+    assert main([*command[:-1], "words", "--sections", "idle", "faults"]) == 2
     assert "nothing to measure" in capsys.readouterr().err
 
 
@@ -153,6 +154,8 @@ def test_tasks_train_what_they_say(monkeypatch):
     shapes = {name: jax.eval_shape(task.init, jax.random.key(0)) for name, task in found.items()}
     sizes = {name: sum(x.size for x in jax.tree.leaves(s)) for name, s in shapes.items()}
     assert sizes["full"] == sizes["scratch"]
+    width = TINY.model.hidden_size
+    assert sizes["words"] - sizes["scratch"] == (tasks.VOCABULARY - BYTE_VOCABULARY) * width
     kinds = {type(x) for x in jax.tree.leaves(shapes["lora"], is_leaf=is_variable)}
     assert kinds == {nnx.LoRAParam}
     for name, task in found.items():

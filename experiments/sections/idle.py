@@ -19,7 +19,7 @@ from experiments.sweep import Case, Outcome, make_run
 FRACTIONS = (0.5, 0.25, 0.1)
 """Learning rates, in units of AdamW's best."""
 
-TASKS = ("lora", "scratch")
+TASKS = ("lora", "scratch", "full")
 
 BATCH_DIVISORS = (1, 4)
 """Batch sizes, as the preset's over these: a smaller batch has noisier losses and gradients."""

@@ -18,7 +18,7 @@ from experiments.presets import STUDY_PRESETS
 from experiments.report import Table, with_spread
 from experiments.sections.stress import adamw_best_rate
 from experiments.sweep import sweep
-from experiments.tasks import TASKS
+from experiments.tasks import BYTE_TASKS
 
 MULTIPLES = (1, 10, 100)
 """Learning rates, in units of AdamW's best."""
@@ -94,7 +94,7 @@ SETTINGS = {
 
 def study(
     preset: str = "nano",
-    tasks: tuple[str, ...] = TASKS,
+    tasks: tuple[str, ...] = BYTE_TASKS,
     seeds: tuple[int, ...] = (),
     results: Path = Path("results"),
     fresh: bool = False,
@@ -105,7 +105,7 @@ def study(
 
     Args:
       preset: Size of the job: nano or pico, both for two CPU cores.
-      tasks: What to measure on: any of lora, scratch, full.
+      tasks: What to measure on: any of lora, scratch, full, words; by default the first three.
       seeds: Seeds of the runs; by default the preset's.
       results: Folder for the results; the job writes to study/PRESET in it.
       fresh: Start over, dropping the results of an earlier job in that folder.
