@@ -11,7 +11,7 @@ from helpers import actions, at, exact_jit, feed, find, norm, normal, telemetry,
 
 from lbw_optax import Action, Law, Regime, guard, statistics
 from lbw_optax.controller import Limits
-from lbw_optax.envelope import next_trust_radius, step_bounds
+from lbw_optax.envelope import _NO_LIMIT, next_trust_radius, step_bounds
 
 LIMITS = Limits(min_scale=1e-5, relative_step_limit=1.0, max_rejections=20)
 PARAMS = {"w": normal(32, 32)}
@@ -124,3 +124,61 @@ def test_a_step_without_the_parameters_teaches_no_length():
         if params is None:
             assert float(state.controller.trust_radius) == 0
     assert norm(updates) < 0.1 * norm(PARAMS)
+
+
+FRESH = find(guard(optax.sgd(1.0)).init(PARAMS)).controller
+
+
+def test_the_healthy_length_falls_with_the_step_to_its_floor():
+    law, norm_ = Law(), 10.0
+    shown = telemetry(parameter_norm=norm_, step_norm=1, size=1024)
+    for step, share in ((0, 0.03), (31, 0.015), (10**6, 0.01)):
+        found = bounds(FRESH, shown, step)
+        assert float(found.relative) == pytest.approx(share * norm_, rel=1e-5)
+        assert found.healthy == found.relative
+    twice = FRESH._replace(allowance=jnp.float32(2))
+    assert float(bounds(twice, shown, 0).healthy) == pytest.approx(
+        2 * law.relative_step_start * norm_
+    )
+
+
+@pytest.mark.parametrize(("norm_", "hard"), [(0.1, 32), (100, 100)])
+def test_the_hard_limit_holds_whatever_has_proved_safe(norm_, hard):
+    shown = telemetry(parameter_norm=norm_, step_norm=1, size=1024)
+    found = bounds(FRESH._replace(trust_radius=jnp.float32(1e6)), shown)
+    assert float(found.hard) == float(found.healthy) == pytest.approx(hard)
+
+
+def radius_after(before, parameter_norm, harm=False, step_norm=1.0, overshoot=0.0):
+    """The trust radius after a step of length 8 and slope -1."""
+    controller = FRESH._replace(
+        trust_radius=jnp.float32(before), last_length=jnp.float32(8), last_slope=jnp.float32(-1)
+    )
+    shown = telemetry(
+        parameter_norm=parameter_norm, step_norm=step_norm, size=1024, overshoot=overshoot
+    )
+    found = bounds(controller, shown)
+    harm = jnp.bool_(harm)
+    return float(next_trust_radius(controller, shown, found, jnp.bool_(True), harm, Law()))
+
+
+def test_the_radius_is_open_for_parameters_without_a_size():
+    """It closes after harm, or once the relative rule allows the step."""
+    law = Law()
+    unset = law.unset_size * 32
+    assert radius_after(0, unset) == radius_after(0, 0) == _NO_LIMIT
+    assert radius_after(0, unset, harm=True) == 8 / law.trust_growth
+    assert radius_after(_NO_LIMIT, 10) == _NO_LIMIT
+    assert radius_after(_NO_LIMIT, 1000) == 1
+
+
+def test_the_radius_of_parameters_with_a_size_starts_at_the_relative_step():
+    law = Law()
+    straight = radius_after(0, 10, overshoot=-1)
+    assert straight == pytest.approx(law.relative_step * 10 * law.trust_growth)
+
+
+def test_the_radius_has_a_least():
+    law = Law()
+    least = law.relative_step * law.unset_size * 32
+    assert radius_after(least, 10, overshoot=9) == pytest.approx(least)

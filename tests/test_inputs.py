@@ -11,6 +11,7 @@ import pytest
 from helpers import is_finite, norm
 
 from lbw_optax import Law, guard, report
+from lbw_optax.sensing import inner_product
 
 
 def test_double_precision_stays_finite():
@@ -98,3 +99,9 @@ def test_numbers_of_numpy_change_no_dtype():
         state = tx.init(params)
         _, new = tx.update(params, state, params, value=jnp.float32(1.0))
         chex.assert_trees_all_equal_shapes_and_dtypes(state, new)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_norms_are_summed_in_single_precision(dtype):
+    tree = {"w": jnp.full((64, 64), 300, dtype)}
+    assert float(inner_product(tree, tree)) == 64 * 64 * 300**2

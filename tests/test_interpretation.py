@@ -166,3 +166,45 @@ def test_regimes_move_as_the_table_says(regime, dwell, alarmed, suspicion, calm,
 def test_noise_of_zero_raises_no_alarm(loss):
     known = {"innovation": 1.0} if loss else {"overshoot": 1.0}
     assert alarm(noise=0.0, **known) == Cause.NONE
+
+
+def test_a_mean_overshoot_counts_beyond_its_error():
+    mean = {"overshoot": 1.5 * LAW.stress_noise}
+    assert judged(signals(**mean)).suspicion
+    found = judged(signals(**mean, overshoot_error=1.49 * LAW.stress_noise))
+    assert not found.suspicion
+    assert found.calm
+
+
+def test_what_is_suspected_is_not_calm():
+    mean = {"overshoot": 1.01 * LAW.stress_noise, "bearable": 2 * LAW.stress_noise}
+    assert not judged(signals(**mean)).calm
+    assert judged(signals(**mean, gaining=True)).calm
+
+
+@pytest.mark.parametrize(
+    ("cause", "unit", "name", "known"),
+    [
+        (Cause.OVERSHOOT, LAW.backtrack_noise, "overshoot", {}),
+        (Cause.COLLAPSE, LAW.jump_noise, "innovation", {"faded": True}),
+        (Cause.LOSS_JUMP, LAW.jump_noise, "innovation", {"overshoot": 2.0}),
+    ],
+)
+def test_the_size_of_an_alarm_is_in_units_of_its_threshold(cause, unit, name, known):
+    noise, size = 2.0, 1.5
+    shown = known | {"noise": noise, name: size * unit * noise}
+    assert alarm(**shown) == cause
+    assert float(diagnosis(**shown).size) == pytest.approx(size)
+
+
+def test_the_size_without_an_alarm_is_the_pressure():
+    assert float(diagnosis(pressure=0.7).size) == pytest.approx(0.7)
+
+
+def test_recovery_ends_after_quiet_steps_that_need_not_be_calm():
+    found = diagnosis(pressure=1.01 * LAW.calm_ratio)
+    assert not found.calm
+    found = found._replace(empty=jnp.bool_(False))
+    dwell = jnp.int32(LAW.recovery_steps - 1)
+    new, _ = next_regime(jnp.int32(Regime.RECOVERY), dwell, found, jnp.float32(1), LAW)
+    assert new == Regime.STABLE

@@ -1,6 +1,7 @@
 """Policy: what moves latch and earned factor, and how much of a harmful step is left."""
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from helpers import find, normal, signals, telemetry
@@ -8,7 +9,7 @@ from helpers import find, normal, signals, telemetry
 from lbw_optax import Action, Law, Regime, guard
 from lbw_optax.controller import Limits
 from lbw_optax.envelope import Envelope
-from lbw_optax.interpretation import diagnose
+from lbw_optax.interpretation import Cause, Diagnosis, diagnose
 from lbw_optax.policy import decide
 
 LAW = Law()
@@ -104,15 +105,127 @@ def test_outside_of_stress_latch_and_earned_factor_return_to_one(before):
     assert float(after.earned) == pytest.approx(before * way)
 
 
-@pytest.mark.parametrize("last_overshoot", [3.1, 6.0, 9.9, 100.0])
-def test_what_is_left_of_a_harmful_step_would_have_overshot_by_little(last_overshoot):
-    command, after = decided(0.5, last_overshoot, regime=Regime.SPIKE, before={"earned": 1.5})
-    kept = float(command.factor)
-    assert command.action == Action.BACKTRACK
-    assert kept**2 * last_overshoot == pytest.approx(LAW.cut_noise) or kept == pytest.approx(
-        LAW.cut_limit
+BEFORE = {
+    "step_scale": 0.5,
+    "latch": 0.8,
+    "earned": 1.5,
+    "trust_radius": 0.3,
+    "last_length": 2.0,
+    "last_slope": -1.0,
+}
+
+
+def answered(alarm=Cause.NONE, regime=None, shown=None, run=None, found=None, **before):
+    """Command and controller after a step with that alarm; `before` is what the controller knew."""
+    old = STATE.controller
+    known = {k: jnp.asarray(x, getattr(old, k).dtype) for k, x in (BEFORE | before).items()}
+    flags = dict.fromkeys(("long", "suspicion", "calm", "empty"), False) | (found or {})
+    diagnosis = Diagnosis(
+        alarm=jnp.int32(alarm),
+        size=jnp.float32(0),
+        **{name: jnp.bool_(flag) for name, flag in flags.items()},
     )
-    assert LAW.cut_limit <= kept <= LAW.cut
-    assert float(after.last_length) == pytest.approx(kept)
-    assert float(after.latch) == float(after.step_scale) == pytest.approx(LATCH * kept)
-    assert float(after.earned) == 1
+    if regime is None:
+        regime = Regime.STRESS if alarm == Cause.NONE else Regime.SPIKE
+    healthy = jnp.float32(1)
+    return decide(
+        old._replace(**known),
+        jnp.int32(regime),
+        diagnosis,
+        telemetry(**{"step_norm": 2.0} | (shown or {})),
+        signals(**run or {}),
+        Envelope(healthy, healthy, jnp.float32(1e3)),
+        can_undo=True,
+        law=LAW,
+        limits=LIMITS,
+    )
+
+
+@pytest.mark.parametrize("cause", [Cause.OVERSHOOT, Cause.COLLAPSE, Cause.LOSS_JUMP])
+@pytest.mark.parametrize(
+    ("overshoot", "keep"),
+    [
+        (4.0, (LAW.cut_noise / 2) ** 0.5),
+        (0.0, LAW.cut_limit),
+        (-9.0, LAW.cut_limit),
+        (0.1, LAW.cut),
+    ],
+)
+def test_a_backtrack_leaves_what_would_have_overshot_by_little(cause, overshoot, keep):
+    command, after = answered(cause, shown={"overshoot": overshoot}, run={"noise": 2.0})
+    assert command.action == Action.BACKTRACK
+    assert float(command.factor) == pytest.approx(keep)
+    for name in ("step_scale", "latch"):
+        assert float(getattr(after, name)) == pytest.approx(keep * BEFORE["step_scale"]), name
+    assert after.earned == 1
+    for name in ("last_length", "last_slope"):
+        assert float(getattr(after, name)) == pytest.approx(keep * BEFORE[name]), name
+
+
+def test_values_that_are_not_finite_undo_a_part_and_cut_nothing():
+    for before in range(8):
+        command, after = answered(Cause.NONFINITE_GRADIENT, nonfinites=before)
+        undone = 1 <= before <= LAW.nonfinite_backtracks
+        assert command.action == (Action.BACKTRACK if undone else Action.HOLD)
+        share = LAW.cut if undone else 1
+        for name in ("last_length", "last_slope"):
+            assert float(getattr(after, name)) == pytest.approx(share * BEFORE[name]), name
+        for name in ("step_scale", "latch", "earned", "trust_radius"):
+            assert float(getattr(after, name)) == pytest.approx(BEFORE[name]), name
+        assert after.nonfinites == before + 1
+        assert command.factor == LAW.cut or not undone
+
+
+def test_without_a_last_step_nothing_is_undone():
+    command, _ = answered(Cause.NONFINITE_GRADIENT, nonfinites=1, last_length=0)
+    assert command.action == Action.HOLD
+
+
+def test_a_run_that_is_exhausted_goes_on_from_the_lowest_scale_and_learns_nothing():
+    last = {"rejections": LIMITS.max_rejections, "nonfinites": LIMITS.max_rejections}
+    command, after = answered(Cause.NONFINITE_GRADIENT, **last)
+    assert command.action == Action.PROCEED
+    lowest = np.float32(LIMITS.min_scale)
+    assert command.factor == after.step_scale == after.latch == lowest
+    for name in ("earned", "trust_radius"):
+        assert float(getattr(after, name)) == pytest.approx(BEFORE[name]), name
+
+
+@pytest.mark.parametrize(
+    ("regime", "earned", "cause"),
+    [
+        (Regime.STRESS, 1.0, Cause.ENVELOPE),
+        (Regime.STRESS, 1 - 1e-6, Cause.ENVELOPE),
+        (Regime.STRESS, 1 / LAW.growth, Cause.BOUNCE),
+        (Regime.RECOVERY, 1.0, Cause.RELEASE),
+        (Regime.RECOVERY, 0.5, Cause.RELEASE),
+    ],
+)
+def test_every_shortened_step_has_its_cause(regime, earned, cause):
+    command, _ = answered(regime=regime, earned=earned)
+    assert command.action == Action.SCALE
+    assert command.cause == cause
+
+
+@pytest.mark.parametrize(
+    ("regime", "scale", "grows"),
+    [(Regime.STRESS, 0.5, True), (Regime.STRESS, 1.0, False), (Regime.RECOVERY, 0.5, False)],
+)
+def test_the_trust_radius_grows_under_stress_after_a_shortened_step(regime, scale, grows):
+    _, after = answered(regime=regime, step_scale=scale, shown={"overshoot": -1.0})
+    factor = LAW.trust_growth if grows else 1
+    assert float(after.trust_radius) == pytest.approx(factor * BEFORE["trust_radius"])
+
+
+@pytest.mark.parametrize("long", [True, False])
+def test_empty_steps_neither_count_as_long_nor_part_those_that_are(long):
+    for empty in (True, False):
+        shown = {"step_norm": 0.0 if empty else 2.0}
+        _, after = answered(shown=shown, found={"empty": empty, "long": long}, too_long=1)
+        assert after.too_long == (1 if empty else 2 * long)
+
+
+def test_steps_are_too_short_by_a_good_part_of_their_slope_at_the_scale_in_force():
+    limit = 10.0 * LATCH / LAW.earn_straight
+    assert earned(0.5, overshoot=-10.0, slope=0.99 * limit) == pytest.approx(LAW.growth)
+    assert earned(0.5, overshoot=-10.0, slope=1.01 * limit) == 1

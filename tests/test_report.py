@@ -167,3 +167,16 @@ def test_two_guards_are_read_one_by_one():
     state = one_step(tx, {"w": NAN["w"], "b": PARAMS["b"]}, value=jnp.ones([]))
     held = [report(state.inner_states[k]).held_steps for k in ("a", "b")]
     assert held == [1, 0]
+
+
+def test_non_finite_steps_are_those_that_showed_something_non_finite():
+    """Each of several in a row, and neither a spike nor a mere switch of the regime."""
+    tx = inner()
+    state = tx.init(PARAMS)
+    spike = jax.tree.map(lambda x: 1e6 * x, PARAMS)
+    for grads in (PARAMS, NAN, NAN, NAN, NAN, PARAMS, spike, PARAMS):
+        _, state = tx.update(grads, state, PARAMS, value=jnp.ones([]))
+    summary = report(state)
+    assert summary.nonfinite_steps == 4
+    assert summary.causes["GRADIENT_SPIKE"] == 1
+    assert (summary.held_steps, summary.backtracks) == (2, 3)

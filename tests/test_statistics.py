@@ -203,3 +203,91 @@ def test_one_hard_batch_is_no_change_of_task():
     losses[where] += size
     share = size * (1 / law.past_age - 1) / where
     assert jnp.median(over(losses).bearable[where + 100 :]) < share / law.mixing_steps
+
+
+LATER = jnp.int32(10_000)
+"""So many observations that no mean is corrected for their number."""
+
+
+@pytest.mark.parametrize("mean", [2.0, -2.0])
+def test_the_least_noise_of_the_loss_is_larger_at_first(mean):
+    law = Law()
+    for losses, share in ((9, law.noise_floor_start), (10, law.noise_floor)):
+        assert law.noise_warmup == 10
+        run = init_statistics()._replace(losses=jnp.int32(losses), loss_mean=jnp.float32(mean))
+        noise = compare(run, telemetry(loss=mean), jnp.float32(1), True, law).noise
+        assert float(noise) == pytest.approx(share * abs(mean))
+
+
+@pytest.mark.parametrize(("persistence", "factor"), [(0.85, 1.0), (0.0, 12.33)])
+def test_without_a_loss_the_promise_of_the_steps_is_the_yardstick(persistence, factor):
+    law, scale, slope = Law(), 0.25, 0.5
+    run = init_statistics()._replace(
+        slopes=LATER, slope_mean=jnp.float32(slope), persistence=jnp.float32(persistence)
+    )
+    found = compare(run, telemetry(), jnp.float32(scale), False, law)
+    assert float(found.noise) == pytest.approx(law.blind_noise * scale * slope)
+    bearable = factor * law.bearable_blind * float(found.noise)
+    assert float(found.bearable) == pytest.approx(bearable, rel=1e-3)
+
+
+def test_the_error_of_the_mean_overshoot_is_that_of_an_exponential_mean():
+    law, mean, square = Law(), 0.5, 0.75
+    run = init_statistics()._replace(
+        overshoots=LATER, overshoot_mean=jnp.float32(mean), overshoot_square=jnp.float32(square)
+    )
+    b = law.overshoot_decay
+    error = compare(run, telemetry(), jnp.float32(1), True, law).overshoot_error
+    assert float(error) == pytest.approx(np.sqrt((square - mean**2) * (1 - b) / (1 + b)))
+
+
+@pytest.mark.parametrize(("observations", "wider"), [(1, 5.0), (2, 2.5), (5, 1.0), (100, 1.0)])
+def test_the_tests_of_the_gradient_norm_are_wider_at_first(observations, wider):
+    law = Law()
+    run = init_statistics()._replace(
+        observations=jnp.int32(observations), gradient_mean=jnp.float32(1)
+    )
+
+    def seen(norm):
+        return compare(run, telemetry(gradient_norm=norm), jnp.float32(1), True, law)
+
+    assert float(seen(law.spike_ratio * wider).spike) == pytest.approx(1)
+    assert seen(0.99 / (law.collapse_ratio * wider)).faded
+    assert not seen(1.01 / (law.collapse_ratio * wider)).faded
+
+
+def test_a_shift_of_the_gradient_norm_is_held_as_long_as_the_law_says():
+    grads = np.ones((LONG, 6), np.float32)
+    grads[LONG // 2 :] *= 50
+    taken = np.asarray(long_runner("step")({"grads": grads, "value": np.ones(LONG, np.float32)})[1])
+    assert (taken[LONG // 2 :][:14] == Action.HOLD).all()
+    assert (taken == Action.HOLD).sum() == 14
+
+
+def test_a_gradient_of_zero_is_not_learned():
+    statistics = init_statistics()
+    for norm in (2.0, 0.0, 0.0):
+        _, statistics = learn(statistics, False, gradient_norm=norm)
+    assert float(statistics.gradient_mean) == 2
+
+
+def test_the_overshoot_is_learned_per_squared_scale_where_there_is_a_last_step():
+    statistics, law = init_statistics(), Law()
+    shown = telemetry(gradient_norm=1, step_norm=1, overshoot=0.5, alignment=0)
+    for moved, scale in ((False, 1.0), (True, 0.5)):
+        signals = compare(statistics, shown, jnp.float32(scale), False, law)
+        statistics = observe(
+            statistics, shown, signals, jnp.float32(scale), jnp.bool_(moved), False, law
+        )
+        assert int(statistics.overshoots) == moved
+        assert (float(statistics.persistence) < 1) == moved
+    b = law.overshoot_decay
+    assert float(statistics.overshoot_mean) == pytest.approx(2 * (1 - b))
+    assert float(statistics.overshoot_square) == pytest.approx(4 * (1 - b))
+
+
+def test_steps_that_lead_up_count_in_the_mean_slope_as_those_that_lead_down():
+    statistics = init_statistics()
+    for slope in (0.5, -0.5, 0.5):
+        signals, statistics = learn(statistics, False, slope=slope)
+    assert float(signals.slope) == pytest.approx(0.5)
