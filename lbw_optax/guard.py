@@ -125,7 +125,7 @@ def guard(
       :func:`lbw_optax.report`, :func:`lbw_optax.events`
     """
     law = Law() if law is None else law
-    _check(inner, memory, min_scale, relative_step_limit, max_rejections, log_size, law)
+    _check(inner, memory, min_scale, relative_step_limit, max_rejections, log_size, axis_name, law)
     # Python's own numbers: numpy's would decide the dtypes of the state.
     limits = controller.Limits(float(min_scale), float(relative_step_limit), int(max_rejections))
     return _guard(inner, memory, limits, int(log_size), axis_name, law)
@@ -159,6 +159,8 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
         has_loss, has_params = value is not None, params is not None
         if has_loss:
             extra_args["value"] = value
+        if loss is not None:
+            extra_args["loss"] = loss
         step, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         _check_shapes(updates, step)
         _check_structure(state.inner_state, inner_state)
@@ -253,12 +255,25 @@ def _one_loss(value, loss):
     if value is not None and loss is not None:
         raise ValueError("update: give the loss once, as value= or as loss=, got both")
     for name, given in (("value", value), ("loss", loss)):
-        if given is not None and jnp.shape(given) != ():
-            raise ValueError(f"update: {name} must be a scalar, got shape {jnp.shape(given)}")
+        if given is None:
+            continue
+        try:
+            shape, dtype = jnp.shape(given), jnp.result_type(given)
+        except TypeError:
+            raise ValueError(f"update: {name} must be a real scalar, got {given!r}") from None
+        if shape != ():
+            raise ValueError(f"update: {name} must be a scalar, got shape {shape}")
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise ValueError(f"update: {name} must be real, got dtype {dtype}")
     return loss if value is None else value
 
 
 def _check_shapes(updates, step):
+    given, made = (len(jax.tree.leaves(tree)) for tree in (updates, step))
+    if given != made:
+        raise ValueError(
+            f"update: updates must have the arrays of the step, got {given} for a step of {made}"
+        )
     found = jax.tree_util.tree_leaves_with_path(updates)
     for (path, gradient), emitted in zip(found, jax.tree.leaves(step), strict=True):
         if jnp.shape(gradient) != jnp.shape(emitted):
@@ -279,7 +294,7 @@ def _check_structure(old, new):
         )
 
 
-def _check(inner, mode, min_scale, relative_step_limit, max_rejections, log_size, law):
+def _check(inner, mode, min_scale, relative_step_limit, max_rejections, log_size, axis_name, law):
     if not (callable(getattr(inner, "init", None)) and callable(getattr(inner, "update", None))):
         raise ValueError(f"guard: inner must be an optax transformation, got {inner!r}")
     if mode not in memory.MODES:
@@ -297,6 +312,11 @@ def _check(inner, mode, min_scale, relative_step_limit, max_rejections, log_size
             raise ValueError(
                 f"guard: {name} must be an integer in [1, 2**31), got {count!r}{_hint(count)}"
             )
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if axis_name is not None and not all(isinstance(name, str) and name for name in names):
+        raise ValueError(
+            f"guard: axis_name must be a name of a mesh axis or a tuple of such, got {axis_name!r}"
+        )
     if not isinstance(law, Law):
         raise ValueError(f"guard: law must be a lbw_optax.Law, got {law!r}")
 

@@ -240,9 +240,12 @@ class Law:
     """Non-finite observations in a row, after the first, that shorten the last step."""
 
     def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
             if not is_number(value, numbers.Real) or math.isnan(value) or value <= 0:
                 raise ValueError(f"Law.{name} must be a number above 0, got {value!r}")
+            if field.type is int and not is_number(value, numbers.Integral):
+                raise ValueError(f"Law.{name} must be a whole number, got {value!r}")
             if math.isinf(value) and name not in _THRESHOLDS:
                 raise ValueError(f"Law.{name} must be finite, got {value!r}")
             # Python's own numbers: numpy's would decide the dtypes of the state.

@@ -93,7 +93,7 @@ def has_nonfinite(x: jax.Array) -> jax.Array:
 
 def count_nonfinite(tree: Any) -> jax.Array:
     """Counts the leaves of a tree with an entry that is not finite, an int32 scalar."""
-    found = [has_nonfinite(x) for x in jax.tree.leaves(tree) if is_inexact(x)]
+    found = [has_nonfinite(x).astype(jnp.int32) for x in jax.tree.leaves(tree) if is_inexact(x)]
     return sum(found, jnp.zeros([], jnp.int32))
 
 
@@ -109,8 +109,14 @@ def became_nonfinite(old: Any, new: Any, scalars: bool) -> jax.Array:
     Returns:
       An int32 scalar.
     """
+
+    def appeared(x, y):
+        # What was a flag or an integer was finite.
+        bad = has_nonfinite(y) & ~has_nonfinite(x) if is_inexact(x) else has_nonfinite(y)
+        return bad.astype(jnp.int32)
+
     found = [
-        has_nonfinite(y) & ~has_nonfinite(x)
+        appeared(x, y)
         for x, y in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
         if is_inexact(y) and (scalars or jnp.ndim(y) > 0)
     ]
@@ -164,7 +170,12 @@ def measure(
         "size": jnp.float32(sum(jnp.size(x) for x in jax.tree.leaves(gradients) if is_inexact(x))),
     }
     if axis_name is not None:
-        sums = jax.lax.psum(sums, axis_name)
+        try:
+            sums = jax.lax.psum(sums, axis_name)
+        except NameError:
+            raise ValueError(
+                f"update: axis_name must be an axis of the shard_map around it, got {axis_name!r}"
+            ) from None
     step_norm = jnp.sqrt(sums["step"])
     known = sampled & (step_norm > 0) & (last_length > 0)
     cosine = sums["alignment"] / jnp.where(known, step_norm, 1)

@@ -238,7 +238,7 @@ def test_inner_receives_the_loss_and_all_extra_arguments():
     inner = optax.GradientTransformationExtraArgs(lambda p: (), update)
     tx, p = guard(inner), params()
     tx.update(p, tx.init(p), p, loss=1.5, epoch=3)
-    assert seen == {"value": 1.5, "epoch": 3}
+    assert seen == {"value": 1.5, "loss": 1.5, "epoch": 3}
 
 
 @every_inner
@@ -441,6 +441,20 @@ def test_what_starts_at_zero_is_counted_over_all_devices():
     expected = guard(optax.sgd(1e-3)).init(p).controller.allowance
     np.testing.assert_allclose(inside(p), expected)
     assert tx.init(p).controller.allowance == expected
+
+
+def test_an_axis_that_is_not_there_is_named():
+    tx = guard(optax.sgd(1e-3), axis_name="shards")
+    p = params()
+    with pytest.raises(ValueError, match=r"axis_name.*'shards'"):
+        tx.update(p, tx.init(p), p, value=1.0)
+
+
+def test_the_guard_promotes_no_dtype_on_its_own():
+    with jax.numpy_dtype_promotion("strict"):
+        p, tx = {"w": jnp.ones(3)}, guard(optax.sgd(1e-3, momentum=0.9))
+        _, state = tx.update(p, tx.init(p), p, value=jnp.float32(1))
+    assert report(state).steps == 1
 
 
 def test_hyperparameters_are_injected_through_the_guard():

@@ -18,13 +18,13 @@ STATE = find(guard(optax.sgd(1.0)).init({"w": normal(4)}))
 LATCH = 0.1
 
 
-def decided(length=0.0, last_overshoot=0.0, regime=Regime.STRESS, before=None, **known):
+def decided(length=0.0, regime=Regime.STRESS, before=None, **known):
     """Command and controller after a step; `length` is in units of the latch's."""
     known_before = {"step_scale": LATCH, "latch": LATCH, "last_length": 1.0} | (before or {})
     controller = STATE.controller._replace(**{k: jnp.float32(x) for k, x in known_before.items()})
     healthy = jnp.float32(1)
     finite = dict.fromkeys(("gradient_finite", "loss_finite", "step_finite"), jnp.bool_(True))
-    shown = telemetry(step_norm=length * LAW.share / LATCH, overshoot=last_overshoot)
+    shown = telemetry(step_norm=length * LAW.share / LATCH)
     shown, run = shown._replace(**finite), signals(**known)
     pressure = shown.step_norm / healthy
     diagnosis = diagnose(shown, run, pressure, jnp.int32(0), jnp.bool_(True), True, LAW)

@@ -45,6 +45,12 @@ def test_a_stored_scalar_counts_where_the_parameters_have_one(scalar):
     assert measured(x, x, before=after, after=after).step_finite
 
 
+def test_a_stored_flag_may_become_a_number():
+    x, flag = jnp.ones(2), jnp.array([True, False])
+    assert measured(x, x, before=flag, after=x).step_finite
+    assert not measured(x, x, before=flag, after=x * jnp.nan).step_finite
+
+
 def test_the_size_counts_what_is_floating_point():
     tree = {"w": jnp.ones((2, 3)), "index": jnp.ones(4, jnp.int32)}
     assert measured(tree, tree).size == 6

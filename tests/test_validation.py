@@ -34,6 +34,9 @@ BAD = {
     "log_zero": ({"log_size": 0}, "log_size", "0"),
     "log_negative": ({"log_size": -5}, "log_size", "-5"),
     "log_float": ({"log_size": 16.0}, "log_size", "16.0"),
+    "axis_number": ({"axis_name": 0}, "axis_name", "0"),
+    "axis_empty": ({"axis_name": ""}, "axis_name", "''"),
+    "axis_list": ({"axis_name": ["x"]}, "axis_name", "['x']"),
     "law": ({"law": {"cut": 0.5}}, "law", "{'cut': 0.5}"),
 }
 RANGE = r"in [\[(]\S+, \S+[\])]"
@@ -43,6 +46,7 @@ RANGES = {
     "relative_step_limit": RANGE,
     "max_rejections": RANGE,
     "log_size": RANGE,
+    "axis_name": "name of a mesh axis or a tuple",
     "law": "Law",
     "inner": "transformation",
 }
@@ -108,6 +112,8 @@ def test_an_envelope_that_is_switched_off_leaves_a_finite_state(params):
         ("earned_least", 3.0),
         ("past_age", 1.0),
         ("brief_steps", 2**31),
+        ("brief_steps", 2.5),
+        ("calm_steps", 50.0),
         ("cut_noise", True),
     ],
 )
@@ -129,6 +135,10 @@ def test_bad_loss_is_refused(memory, jit):
         update(params, state, params, value=jnp.ones(2))
     with pytest.raises(ValueError, match=r"loss must be a scalar.*\(1, 1\)"):
         update(params, state, params, loss=jnp.ones((1, 1)))
+    with pytest.raises(ValueError, match=r"value must be real.*complex64"):
+        update(params, state, params, value=jnp.complex64(1))
+    with pytest.raises(ValueError, match=r"value must be a real scalar, got 'low'"):
+        tx.update(params, state, params, value="low")
 
 
 @pytest.mark.parametrize("memory", ["none", "sparse", "step"])
@@ -137,6 +147,13 @@ def test_gradients_per_example_are_refused(memory):
     tx, params = guard(inner, memory=memory), {"w": jnp.ones(3)}
     with pytest.raises(ValueError, match=r"\(4, 3\) for \['w'\], whose step has \(3,\)"):
         tx.update({"w": jnp.ones((4, 3))}, tx.init(params), params)
+
+
+def test_a_step_of_other_arrays_is_refused():
+    inner = optax.stateless(lambda updates, params: {"w": updates["w"]})
+    tx, params = guard(inner), {"w": jnp.ones(3), "b": jnp.ones(1)}
+    with pytest.raises(ValueError, match="got 2 for a step of 1"):
+        tx.update(params, tx.init(params), params)
 
 
 def test_inner_state_of_another_structure_is_refused():
