@@ -32,7 +32,7 @@ class Cause(enum.IntEnum):
     NONFINITE_GRADIENT = 1
     """NaN, Inf or a norm beyond float32 in the gradients."""
     NONFINITE_LOSS = 2
-    """NaN or Inf loss."""
+    """NaN or Inf loss, or one beyond float32."""
     NONFINITE_STEP = 3
     """The inner optimizer emitted or stored NaN or Inf."""
     OVERSHOOT = 4

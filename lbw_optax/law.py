@@ -65,8 +65,8 @@ def is_number(x: Any, kind: type) -> bool:
 class Law:
     """What the sensors call unusual and how the policy answers.
 
-    The defaults are one set for every task, chosen in the study of `docs/benchmarks.md`; a user has
-    no reason to change them. An infinite threshold switches its sensor off, which is how the
+    The defaults are one set for every task, chosen in the study of `docs/benchmarks.md`; few runs
+    have a reason to change them. An infinite threshold switches its sensor off, which is how the
     ablations of the study are made. Ratios and scales are dimensionless, decays are per step.
     """
 
