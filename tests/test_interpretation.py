@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 from helpers import signals, telemetry
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lbw_optax import Law, Regime
@@ -134,6 +134,7 @@ def test_steps_that_do_not_add_up_may_overshoot_by_more(reach, noise):
     st.booleans(),
     st.sampled_from([0.5, 1.0]),
 )
+@settings(max_examples=200)
 def test_regimes_move_as_the_table_says(regime, dwell, alarmed, suspicion, calm, empty, scale):
     calm = calm and not suspicion
     shown = Diagnosis(

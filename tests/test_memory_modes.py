@@ -184,3 +184,9 @@ def test_leaves_that_are_kept_whole_count_for_no_more_than_they_are():
     kept = memories.pick(BIG, memories.allocate("sparse", BIG))
     found = sensing.estimated_product(memories.pick(grads, kept), kept, grads)
     np.testing.assert_allclose(found, sensing.inner_product(grads, BIG), rtol=1e-6)
+
+
+def test_small_leaves_are_kept_whole():
+    params = {"b": jnp.ones(255), "w": jnp.ones((3, 64)), "long": jnp.ones(256)}
+    kept = jax.tree.map(jnp.shape, memories.allocate("sparse", params))
+    assert kept == {"b": (255,), "w": (3, 64), "long": (16,)}

@@ -180,3 +180,16 @@ def test_non_finite_steps_are_those_that_showed_something_non_finite():
     assert summary.nonfinite_steps == 4
     assert summary.causes["GRADIENT_SPIKE"] == 1
     assert (summary.held_steps, summary.backtracks) == (2, 3)
+
+
+def test_fresh_guard_has_no_sensor_off():
+    assert report(inner().init(PARAMS)).sensors_off == ()
+
+
+def test_report_in_words_tells_the_share_of_active_steps():
+    tx = inner()
+    state = tx.init(PARAMS)
+    for grads in (PARAMS, NAN, PARAMS, PARAMS):
+        _, state = tx.update(grads, state, PARAMS, value=jnp.ones([]))
+    assert report(state).control_active_steps == 1
+    assert "active in 1 steps (25.0 %)" in str(report(state))

@@ -291,3 +291,15 @@ def test_steps_that_lead_up_count_in_the_mean_slope_as_those_that_lead_down():
     for slope in (0.5, -0.5, 0.5):
         signals, statistics = learn(statistics, False, slope=slope)
     assert float(signals.slope) == pytest.approx(0.5)
+
+
+def test_steps_that_promise_little_are_productive_only_where_the_loss_falls_for_certain():
+    law = Law()
+    for share in (0.99, 1.01):
+        run = init_statistics()._replace(
+            losses=LATER,
+            loss_variance=jnp.float32(1),
+            loss_trend=jnp.float32(share * law.gain_noise),
+        )
+        found = compare(run, telemetry(), jnp.float32(1), True, law)
+        assert found.gaining == found.productive == (share > 1)
