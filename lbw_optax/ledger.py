@@ -112,7 +112,6 @@ def record(
     active = command.action != Action.PASS
     switched = before != after
     is_event = active | switched
-    one_if = lambda flag: flag.astype(jnp.int32)  # noqa: E731
     log_size = ledger.ring.event_step.shape[0]
     # An index beyond the ring is dropped by the write: no event, no change.
     at = jnp.where(is_event, ledger.recorded % log_size, log_size)
@@ -122,13 +121,13 @@ def record(
     ring = jax.tree.map(lambda r, x: r.at[at].set(x, mode="drop"), ledger.ring, event)
     return Ledger(
         steps=ledger.steps + 1,
-        control_active_steps=ledger.control_active_steps + one_if(active),
-        regime_switches=ledger.regime_switches + one_if(switched),
-        nonfinite_steps=ledger.nonfinite_steps + one_if(nonfinite),
-        recorded=ledger.recorded + one_if(is_event),
+        control_active_steps=ledger.control_active_steps + jnp.int32(active),
+        regime_switches=ledger.regime_switches + jnp.int32(switched),
+        nonfinite_steps=ledger.nonfinite_steps + jnp.int32(nonfinite),
+        recorded=ledger.recorded + jnp.int32(is_event),
         min_scale_seen=jnp.minimum(ledger.min_scale_seen, command.scale),
         control_energy=ledger.control_energy + jnp.log(command.scale) ** 2,
-        cause_counts=ledger.cause_counts.at[command.cause].add(one_if(is_event)),
+        cause_counts=ledger.cause_counts.at[command.cause].add(jnp.int32(is_event)),
         action_counts=ledger.action_counts.at[command.action].add(1),
         ring=ring,
     )
