@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from experiments.data import (
@@ -78,32 +79,41 @@ def language_tasks(preset: BenchPreset, names: tuple[str, ...] = TASKS) -> dict[
     base = None
     if set(names) & {"lora", "full"}:
         base = pretrained(preset.model, "float32", preset.seq_len, preset.pretrain)
-    makers = {"lora": _lora, "scratch": _scratch, "full": _full, "words": _words}
+    makers = {
+        "lora": (_lora, _bytes),
+        "scratch": (_scratch, _bytes),
+        "full": (_full, _bytes),
+        "words": (_scratch_words, _words),
+    }
     tasks = {}
     for name in names:
-        if name == "words":
-            tokens, heldout = split_tokens(word_tokens(standard_library(), VOCABULARY))
-        else:
-            tokens, heldout = split(python_manual(), preset.seq_len)
-        # Logits over words are many: fewer windows at a time.
-        at_once = max(preset.heldout_windows // (8 if name == "words" else 1), 1)
-        windows = heldout_windows(heldout, preset.seq_len, at_once, preset.heldout_windows)
-        tasks[name] = Task(
-            name,
-            *makers[name](preset, base),
-            jnp.asarray(tokens),
-            jnp.asarray(windows),
-            preset.batch_size,
-            preset.seq_len,
-        )
+        trainable, text = makers[name]
+        init, loss = trainable(preset, base)
+        tokens, windows = map(jnp.asarray, text(preset))
+        tasks[name] = Task(name, init, loss, tokens, windows, preset.batch_size, preset.seq_len)
     return tasks
+
+
+def _bytes(preset: BenchPreset) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens and the held-out windows of the tasks over bytes."""
+    p = preset
+    tokens, heldout = split(python_manual(), p.seq_len)
+    return tokens, heldout_windows(heldout, p.seq_len, p.heldout_windows, p.heldout_windows)
+
+
+def _words(preset: BenchPreset) -> tuple[np.ndarray, np.ndarray]:
+    """The same over words, whose logits are many: fewer windows at a time."""
+    p = preset
+    tokens, heldout = split_tokens(word_tokens(standard_library(), VOCABULARY))
+    at_once = max(p.heldout_windows // 8, 1)
+    return tokens, heldout_windows(heldout, p.seq_len, at_once, p.heldout_windows)
 
 
 def _scratch(preset: BenchPreset, base: nnx.Module | None):
     return _trainable(lambda key: Decoder(preset.model, rngs=nnx.Rngs(key)), nnx.Param)
 
 
-def _words(preset: BenchPreset, base: nnx.Module | None):
+def _scratch_words(preset: BenchPreset, base: nnx.Module | None):
     model = dataclasses.replace(preset.model, vocab_size=VOCABULARY)
     return _scratch(dataclasses.replace(preset, model=model), base)
 

@@ -161,7 +161,7 @@ def next_regime(
     d = diagnosis
     alarm = d.alarm != Cause.NONE
     quiet = ~alarm & jnp.where(regime == Regime.STRESS, d.calm, ~d.suspicion)
-    waited = jnp.where(quiet, dwell + (~d.empty).astype(jnp.int32), 0)
+    waited = jnp.where(quiet, dwell + jnp.int32(~d.empty), 0)
     after_spike = jnp.where(scale < 1, Regime.STRESS, Regime.RECOVERY)
     after_stress = jnp.where(waited >= law.calm_steps, Regime.RECOVERY, Regime.STRESS)
     ready = (waited >= law.recovery_steps) & (scale >= 1)

@@ -443,20 +443,6 @@ def test_what_starts_at_zero_is_counted_over_all_devices():
     assert tx.init(p).controller.allowance == expected
 
 
-def test_an_axis_that_is_not_there_is_named():
-    tx = guard(optax.sgd(1e-3), axis_name="shards")
-    p = params()
-    with pytest.raises(ValueError, match=r"axis_name.*'shards'"):
-        tx.update(p, tx.init(p), p, value=1.0)
-
-
-def test_the_guard_promotes_no_dtype_on_its_own():
-    with jax.numpy_dtype_promotion("strict"):
-        p, tx = {"w": jnp.ones(3)}, guard(optax.sgd(1e-3, momentum=0.9))
-        _, state = tx.update(p, tx.init(p), p, value=jnp.float32(1))
-    assert report(state).steps == 1
-
-
 def test_hyperparameters_are_injected_through_the_guard():
     @functools.partial(optax.inject_hyperparams, static_args=("min_scale",))
     def make(learning_rate, min_scale):

@@ -10,8 +10,6 @@ import pytest
 from helpers import actions, at, bits, exact_jit, feed, find, is_finite, norm, train, with_gain
 
 from lbw_optax import Action, Law, Regime, events, guard, report
-from lbw_optax.actuation import emit
-from lbw_optax.policy import Command
 
 STEPS = 40
 FAULT = 20
@@ -50,7 +48,8 @@ FAULTS = {
 }
 
 run = exact_jit(feed, static_argnums=0)
-TX, LAW = guard(optax.adam(1e-4)), Law()
+TX = guard(optax.adam(1e-4))
+LAW = Law()
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -478,31 +477,15 @@ def test_accumulated_micro_batches_neither_act_nor_wait():
 
 def test_backtracks_in_a_row_go_on_along_the_last_step():
     """Each leaves a half of what the one before left: never past its start."""
-    bad = range(FAULT, FAULT + Law().nonfinite_backtracks + 2)
+    bad = range(FAULT, FAULT + LAW.nonfinite_backtracks + 2)
     stream = faulty(healthy_stream(), list(bad), grads=lambda g: g * jnp.nan)
     _, updates, states = run(TX, START, stream)
-    undone = [Action.BACKTRACK] * Law().nonfinite_backtracks
+    undone = [Action.BACKTRACK] * LAW.nonfinite_backtracks
     assert actions(states)[FAULT : bad[-1] + 1] == [Action.HOLD, *undone, Action.HOLD]
     last = at(updates, FAULT - 1)
     for i, step in enumerate(bad[1:-1], 1):
         for a, b in zip(*map(jax.tree.leaves, (at(updates, step), last)), strict=True):
-            np.testing.assert_allclose(a, -(Law().cut ** i) * b, rtol=1e-3)
-
-
-def test_integers_that_are_updated_move_with_the_step():
-    """As a counter among the parameters: held with a held step, else as the inner made it."""
-    moves = {Action.PASS: 3, Action.SCALE: 3, Action.PROCEED: 3, Action.HOLD: 0}
-    for action, expected in (moves | {Action.BACKTRACK: 0}).items():
-        half = jnp.float32(0.5)
-        command = Command(jnp.int32(action), jnp.int32(0), half, half)
-        step = {"count": jnp.full(2, 3, jnp.int32)}
-        assert set(np.asarray(emit(command, step, None)["count"])) == {expected}
-
-
-def test_a_backtrack_takes_back_all_but_what_stays():
-    command = Command(*map(jnp.asarray, (Action.BACKTRACK, 0, 1.0, 0.25)))
-    undone = emit(command, {"w": jnp.ones(2)}, {"w": jnp.full(2, 8.0)})
-    assert set(np.asarray(undone["w"])) == {-6}
+            np.testing.assert_allclose(a, -(LAW.cut**i) * b, rtol=1e-3)
 
 
 def test_a_spike_amid_stress_is_followed_by_stress():
@@ -513,12 +496,3 @@ def test_a_spike_amid_stress_is_followed_by_stress():
     stream = {"grads": grads, "value": jnp.ones(6), "gain": gains}
     regimes = run(tx, jnp.ones(4), stream)[2].regime
     assert [Regime(int(r)).name for r in regimes[2:]] == ["STRESS", "STRESS", "SPIKE", "STRESS"]
-
-
-def test_an_overshoot_counts_at_the_scale_of_the_step_that_made_it():
-    tx = guard(with_gain(optax.sgd(1.0)))
-    stream = {"grads": jnp.full((2, 4), 1e-3), "value": jnp.ones(2), "gain": jnp.array([1.0, 1e3])}
-    state = at(run(tx, jnp.ones(4), stream)[2], -1)
-    assert state.controller.step_scale < 0.1
-    expected = -4e-6 * (1 - Law().overshoot_decay)
-    assert float(state.statistics.overshoot_mean) == pytest.approx(expected, rel=1e-3)

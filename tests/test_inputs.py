@@ -105,3 +105,10 @@ def test_numbers_of_numpy_change_no_dtype():
 def test_norms_are_summed_in_single_precision(dtype):
     tree = {"w": jnp.full((64, 64), 300, dtype)}
     assert float(inner_product(tree, tree)) == 64 * 64 * 300**2
+
+
+def test_the_guard_promotes_no_dtype_on_its_own():
+    with jax.numpy_dtype_promotion("strict"):
+        p, tx = {"w": jnp.ones(3)}, guard(optax.sgd(1e-3, momentum=0.9))
+        _, state = tx.update(p, tx.init(p), p, value=jnp.float32(1))
+    assert report(state).steps == 1

@@ -18,33 +18,34 @@ STATE = find(guard(optax.sgd(1.0)).init({"w": normal(4)}))
 LATCH = 0.1
 
 
-def decided(length=0.0, regime=Regime.STRESS, before=None, **known):
-    """Command and controller after a step; `length` is in units of the latch's."""
-    known_before = {"step_scale": LATCH, "latch": LATCH, "last_length": 1.0} | (before or {})
-    controller = STATE.controller._replace(**{k: jnp.float32(x) for k, x in known_before.items()})
-    healthy = jnp.float32(1)
-    finite = dict.fromkeys(("gradient_finite", "loss_finite", "step_finite"), jnp.bool_(True))
-    shown = telemetry(step_norm=length * LAW.share / LATCH)
-    shown, run = shown._replace(**finite), signals(**known)
-    pressure = shown.step_norm / healthy
-    diagnosis = diagnose(shown, run, pressure, jnp.int32(0), jnp.bool_(True), True, LAW)
-    bounds = Envelope(healthy, healthy, jnp.float32(1e3))
+HEALTHY = jnp.float32(1)
+
+
+def decided(before, regime, diagnosis, shown, run):
+    """Command and controller after a step; `before` is what the controller knew."""
+    old = STATE.controller
+    known = {k: jnp.asarray(x, getattr(old, k).dtype) for k, x in before.items()}
     return decide(
-        controller,
+        old._replace(**known),
         jnp.int32(regime),
         diagnosis,
         shown,
         run,
-        bounds,
+        Envelope(HEALTHY, HEALTHY, jnp.float32(1e3)),
         can_undo=True,
         law=LAW,
         limits=LIMITS,
     )
 
 
-def steered(length=0.0, **known):
-    """The controller after a step under stress."""
-    return decided(length, **known)[1]
+def steered(length=0.0, regime=Regime.STRESS, before=None, **known):
+    """The controller after a step without alarm; `length` is in units of the latch's."""
+    before = {"step_scale": LATCH, "latch": LATCH, "last_length": 1.0} | (before or {})
+    finite = dict.fromkeys(("gradient_finite", "loss_finite", "step_finite"), jnp.bool_(True))
+    shown = telemetry(step_norm=length * LAW.share / LATCH)._replace(**finite)
+    run, pressure = signals(**known), shown.step_norm / HEALTHY
+    diagnosis = diagnose(shown, run, pressure, jnp.int32(0), jnp.bool_(True), True, LAW)
+    return decided(before, regime, diagnosis, shown, run)[1]
 
 
 def earned(length=0.0, **known):
@@ -116,9 +117,7 @@ BEFORE = {
 
 
 def answered(alarm=Cause.NONE, regime=None, shown=None, run=None, found=None, **before):
-    """Command and controller after a step with that alarm; `before` is what the controller knew."""
-    old = STATE.controller
-    known = {k: jnp.asarray(x, getattr(old, k).dtype) for k, x in (BEFORE | before).items()}
+    """The same after a step with that alarm, from what `BEFORE` says."""
     flags = dict.fromkeys(("long", "suspicion", "calm", "empty"), False) | (found or {})
     diagnosis = Diagnosis(
         alarm=jnp.int32(alarm),
@@ -127,18 +126,8 @@ def answered(alarm=Cause.NONE, regime=None, shown=None, run=None, found=None, **
     )
     if regime is None:
         regime = Regime.STRESS if alarm == Cause.NONE else Regime.SPIKE
-    healthy = jnp.float32(1)
-    return decide(
-        old._replace(**known),
-        jnp.int32(regime),
-        diagnosis,
-        telemetry(**{"step_norm": 2.0} | (shown or {})),
-        signals(**run or {}),
-        Envelope(healthy, healthy, jnp.float32(1e3)),
-        can_undo=True,
-        law=LAW,
-        limits=LIMITS,
-    )
+    shown = telemetry(**{"step_norm": 2.0} | (shown or {}))
+    return decided(BEFORE | before, regime, diagnosis, shown, signals(**run or {}))
 
 
 @pytest.mark.parametrize("cause", [Cause.OVERSHOOT, Cause.COLLAPSE, Cause.LOSS_JUMP])

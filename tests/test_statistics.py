@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import at, exact_jit, feed, telemetry
+from helpers import at, exact_jit, feed, telemetry, with_gain
 
 from lbw_optax import Action, Law, guard, report
 from lbw_optax.statistics import compare, init_statistics, learn_spike, observe
@@ -303,3 +303,12 @@ def test_steps_that_promise_little_are_productive_only_where_the_loss_falls_for_
         )
         found = compare(run, telemetry(), jnp.float32(1), True, law)
         assert found.gaining == found.productive == (share > 1)
+
+
+def test_an_overshoot_counts_at_the_scale_of_the_step_that_made_it():
+    tx = guard(with_gain(optax.sgd(1.0)))
+    stream = {"grads": jnp.full((2, 4), 1e-3), "value": jnp.ones(2), "gain": jnp.array([1.0, 1e3])}
+    state = at(exact_jit(feed, static_argnums=0)(tx, jnp.ones(4), stream)[2], -1)
+    assert state.controller.step_scale < 0.1
+    expected = -4e-6 * (1 - Law().overshoot_decay)
+    assert float(state.statistics.overshoot_mean) == pytest.approx(expected, rel=1e-3)

@@ -163,3 +163,10 @@ def test_inner_state_of_another_structure_is_refused():
     loaded = state._replace(inner_state=list(state.inner_state))
     with pytest.raises(ValueError, match="state must keep its structure"):
         tx.update(params, loaded, params)
+
+
+def test_an_axis_that_is_not_there_is_named():
+    tx = guard(optax.sgd(1e-3), axis_name="shards")
+    params = jnp.ones(3)
+    with pytest.raises(ValueError, match=r"axis_name.*'shards'"):
+        tx.update(params, tx.init(params), params, value=1.0)
