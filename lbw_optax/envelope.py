@@ -41,13 +41,13 @@ def step_bounds(
     .. math::
 
       \rho_t = \max(\rho, \rho_0 (t + 1)^{-\alpha}), \quad
-      \text{healthy} = \min(\max(\rho_t w \|p\| \, n / n_0, f), \text{hard}), \quad
+      \text{healthy} = \min(\max(\rho_t w \|p\| A, f), \text{hard}), \quad
       \text{hard} = \ell \max(\|p\|, \sqrt{n})
 
     with :math:`\rho` = ``law.relative_step``, :math:`\rho_0` = ``law.relative_step_start``,
     :math:`\alpha` = ``law.relative_step_power``, :math:`w` = ``reach``, :math:`f` the trust radius,
-    :math:`\ell` = ``limits.relative_step_limit``, :math:`n` the number of parameters and
-    :math:`n / n_0` the controller's ``allowance`` for those that started at zero.
+    :math:`\ell` = ``limits.relative_step_limit``, :math:`n` the number of parameters and :math:`A`
+    the controller's ``allowance`` for those that started at zero or far smaller than the others.
 
     Args:
       controller: the policy's memory.

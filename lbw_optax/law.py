@@ -15,6 +15,7 @@ _SHARES = (
     "gradient_rise",
     "gradient_fall",
     "spike_share",
+    "usual_carriers",
     "persistence",
     "calm_ratio",
     "slack",
@@ -27,6 +28,7 @@ _FACTORS = (
     "release",
     "rise_limit",
     "allowance_most",
+    "allowance_uneven",
     "trust_growth",
     "collapse_ratio",
     "spike_ratio",
@@ -87,6 +89,15 @@ class Law:
     """Largest factor on the parameters' norm for those that start at zero. LoRA has about 2; a
     softmax regression from zero with its bias at the class prior would have 33, no envelope at all,
     and ends .03 above its best with this limit where it ended .2 to 2.1 above."""
+    usual_carriers: float = 0.37
+    """Share of the entries that carries the norm, (sum |p|)^2 / (n sum p^2), below which steps may
+    be longer: a part of the entries started too small. It is .64 where all are drawn from one
+    Gaussian, .45 in pretrained decoders, .37 in the smallest one from scratch over bytes, and .21
+    to .29 where most entries are embeddings over 4,096 words that start at .02."""
+    allowance_uneven: float = 1.5
+    """Largest factor for that. At 1 a decoder over 4,096 words ends .11 above AdamW's best (eight
+    seeds), at 1.5 and 2 within .02; at 2 one over bytes with all weights at .02, as GPT-2's, ends
+    .11 above, at 1.5 .01."""
     trust_way: float = 0.12
     """Part of the way to the minimum of its own parabola that the absolute trust radius lets a step
     go. At 0.1 cocob needs twice its steps on a parabola; from 0.15 on networks feel the radius."""
@@ -190,9 +201,9 @@ class Law:
     """Share of the healthy length at which the latch holds a step under stress: a start below the
     best learning rate, from which the earned factor can grow, is a warm-up."""
     allowance_share: float = 0.5
-    """Where this times n / n_0 is more than `share`, it takes its place, up to 1: with LoRA, which
-    warms up by itself because its product starts at zero. With `share` alone four LoRA tasks of 300
-    steps end .003 to .012 higher, three of 1,000 up to .008, two of 3,000 up to .014."""
+    """Where this times the allowance is more than `share`, it takes its place, up to 1: with LoRA,
+    which warms up by itself because its product starts at zero. With `share` alone four LoRA tasks
+    of 300 steps end .003 to .012 higher, three of 1,000 up to .008, two of 3,000 up to .014."""
     slack: float = 0.25
     """Least share of that length which the latch leaves. Adam shortens its own steps by 4.4 =
     sqrt((1 + b1) / (1 - b1)) for b1 = 0.9; a step below it means that the stress is over."""

@@ -62,7 +62,7 @@ def decide(
 
     .. math::
 
-      \eta &= \max(\eta_0, \min(\mu \, n / n_0, 1)), \quad
+      \eta &= \max(\eta_0, \min(\mu A, 1)), \quad
         r_t = \eta \, \text{healthy}_t / \|u_t\| \\
       \ell_t &= \min(1, \mathrm{clip}(\ell_{t-1}, \lambda r_t, r_t)) \\
       h_t &= h_{t-1} \cdot \begin{cases}
@@ -75,7 +75,7 @@ def decide(
     with :math:`\ell` the latch, :math:`h` the earned factor, :math:`q \pm e_q` the mean overshoot
     per squared scale and its standard error, :math:`\bar a` the mean slope, :math:`\theta` the
     bearable overshoot, :math:`\eta_0` = ``law.share``, :math:`\mu` = ``law.allowance_share``,
-    :math:`n / n_0` the controller's ``allowance``, :math:`\lambda` = ``law.slack``,
+    :math:`A` the controller's ``allowance``, :math:`\lambda` = ``law.slack``,
     :math:`\gamma` = ``law.growth``, :math:`\beta` = ``law.earn_straight``, :math:`G` =
     ``law.rise_limit`` and :math:`s_0` = ``limits.min_scale``. The latch holds the scale, not the
     step: the inner optimizer's own shortening of its steps survives. What is productive stands in

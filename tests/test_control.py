@@ -368,25 +368,6 @@ def test_one_long_step_is_no_stress_but_three_or_a_far_too_long_one_are():
     assert regimes(first)[0] == "STRESS"
 
 
-def allowance(params):
-    return float(guard(optax.sgd(1.0)).init(params).controller.allowance)
-
-
-def test_steps_may_be_longer_where_parameters_start_at_zero():
-    assert allowance({"a": jnp.ones(6), "b": jnp.zeros(6)}) == 2
-    assert allowance({"a": jnp.ones(6), "b": jnp.zeros((0,))}) == 1
-    assert allowance({"a": jnp.ones(6), "count": jnp.zeros(3, jnp.int32)}) == 1
-    assert allowance({"a": jnp.zeros(6)}) == 1
-    assert allowance({"a": jax.ShapeDtypeStruct((6,), jnp.float32)}) == 1
-    # Of a few parameters with a size the others say nothing: the envelope would be none.
-    assert allowance({"bias": jnp.ones(2), "w": jnp.zeros(60)}) == Law().allowance_most
-
-
-def test_what_starts_at_zero_counts_by_entry():
-    whole = jnp.asarray([1.0, 2.0, 0.0, 0.0])
-    assert allowance({"a": whole}) == allowance({"a": whole[:2], "b": whole[2:]}) == 2
-
-
 def mean_square(p, batch):
     x, y, fault = batch
     return jnp.mean((x @ p - y) ** 2) * fault

@@ -19,8 +19,6 @@ from experiments.sweep import Case, Outcome, make_run
 FRACTIONS = (0.5, 0.25, 0.1)
 """Learning rates, in units of AdamW's best."""
 
-TASKS = ("lora", "scratch", "full")
-
 BATCH_DIVISORS = (1, 4)
 """Batch sizes, as the preset's over these: a smaller batch has noisier losses and gradients."""
 
@@ -50,16 +48,13 @@ def idle(bench: Bench) -> Findings:
     """Counts the healthy runs that the guard changed, or only acted in."""
     p = bench.preset
     found, lines = Findings([], [], []), []
-    tasks = [name for name in TASKS if name in bench.tasks]
-    if not tasks:
-        return found
     settings = [
         Setting(task, p.batch_size // divisor, p.idle_steps, p.idle_seeds)
-        for task in tasks
+        for task in bench.tasks
         for divisor in BATCH_DIVISORS
     ]
     settings += [
-        Setting(task, p.batch_size, p.long_idle_steps, p.long_idle_seeds) for task in tasks
+        Setting(task, p.batch_size, p.long_idle_steps, p.long_idle_seeds) for task in bench.tasks
     ]
     for setting in settings:
         best = adamw_best_rate(bench, setting.task)

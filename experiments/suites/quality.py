@@ -52,8 +52,8 @@ def quality(
         cores.
       sections: What to measure: any of stress, idle, problems, networks, faults, optimizers,
         schedules.
-      tasks: What to measure on: any of lora, scratch, full, words. Idle has no words, faults have
-        lora and scratch; problems, networks and optimizers have tasks of their own.
+      tasks: What to measure on: any of lora, scratch, full, words. Faults have lora and scratch;
+        problems, networks and optimizers have tasks of their own.
       methods: What stress compares with AdamW and the guard, by the names in its tables; by default
         every peer.
       seeds: Seeds of the runs, but of the idle ones; by default the preset's.
@@ -66,7 +66,7 @@ def quality(
     found = [measure[name](bench) for name in sections]
     if not any(findings.rows for findings in found):
         asked = f"--tasks {' '.join(tasks)} --sections {' '.join(sections)}"
-        raise UserError(f"{asked}: nothing to measure; idle and faults have fewer tasks")
+        raise UserError(f"{asked}: nothing to measure; faults have fewer tasks")
     pictures = {}
     if "stress" in sections:
         rows = found[sections.index("stress")].rows

@@ -57,6 +57,7 @@ SWITCHED_OFF: dict[str, dict[str, float]] = {
     "no backtrack for overshoot": {"backtrack_noise": OFF},
     "no backtrack at all": {"backtrack_noise": OFF, "jump_noise": OFF},
     "no trust radius": {"trust_way": 1e-9},
+    "no allowance for zeros and small entries": {"allowance_most": 1.0, "allowance_uneven": 1.0},
     "no earned growth": {"earned_most": 1.0},
     "no earned annealing": {"earned_least": 1.0},
     "no persistence": {"persistence": 1e-6},
@@ -70,8 +71,8 @@ SCALED = tuple(field.name for field in dataclasses.fields(lbw_optax.Law))
 MEMORIES = ("loss_decay", "trend_decay", "noise_decay", "overshoot_decay", "persistence")
 """Decays: what is halved and doubled is the number of steps that they last, 1 / (1 - decay)."""
 
-STEPWISE = ("growth", "release", "rise_limit", "trust_growth")
-"""Factors per step: what is halved and doubled is their distance from 1."""
+NEAR_ONE = ("growth", "release", "rise_limit", "trust_growth", "allowance_uneven")
+"""Factors near 1: what is halved and doubled is their distance from it."""
 
 
 class Setting(NamedTuple):
@@ -132,7 +133,7 @@ def scaled(name: str, factor: float) -> float:
     value = getattr(lbw_optax.Law(), name)
     if name in MEMORIES:
         return 1 - (1 - value) / factor
-    if name in STEPWISE:
+    if name in NEAR_ONE:
         return 1 + (value - 1) * factor
     if name == "cut":
         return min(value * factor, 0.99)
