@@ -72,8 +72,8 @@ def _allowance(params: Any, axis_name: Any, law: Law) -> jax.Array:
 
     with :math:`n` the number of entries, :math:`n_0` that of those that are not zero,
     :math:`A_0` = ``law.allowance_most``, :math:`\chi` = ``law.usual_carriers`` and :math:`A_e` =
-    ``law.allowance_uneven``. :math:`n_e` is how many equal entries would have these two sums: the
-    inverse participation ratio. Small entries, as zeros, will get a size but have none yet.
+    ``law.allowance_uneven``. :math:`n_e` is how many equal entries would have these two sums, at
+    most :math:`n_0`. Small entries, as zeros, will get a size but have none yet.
 
     Args:
       params: the parameters; shapes without values say nothing.
@@ -82,6 +82,10 @@ def _allowance(params: Any, axis_name: Any, law: Law) -> jax.Array:
 
     Returns:
       A float32 scalar, at least 1.
+
+    References:
+      Lopes, `Estimating Unknown Sparsity in Compressed Sensing
+      <https://arxiv.org/abs/1204.4227>`_, 2013
     """
     leaves = [x for x in jax.tree.leaves(params) if is_inexact(x)]
     if not leaves or any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
