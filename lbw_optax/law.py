@@ -90,10 +90,10 @@ class Law:
     softmax regression from zero with its bias at the class prior would have 33, no envelope at all,
     and ends .03 above its best with this limit where it ended .2 to 2.1 above."""
     usual_carriers: float = 0.37
-    """Share of the entries that carries the norm, (sum |p|)^2 / (n sum p^2), below which steps may
-    be longer: a part of the entries started too small. It is .64 where all are drawn from one
-    Gaussian, .45 in pretrained decoders, .37 in the smallest one from scratch over bytes, and .21
-    to .29 where most entries are embeddings over 4,096 words that start at .02."""
+    """Share of the entries that carries the norm (the square of their mean size over their mean
+    square) below which steps may be longer: a part of them started too small. It is .64 where all
+    are drawn from one Gaussian, .45 in pretrained decoders, .37 in the smallest one from scratch
+    over bytes, and .21 to .26 where most entries are embeddings over 4,096 words."""
     allowance_uneven: float = 1.5
     """Largest factor for that. At 1 a decoder over 4,096 words ends .14 above AdamW's best (eight
     seeds), at 1.5 to 2 within .03; one over bytes with all matrices at .02, as GPT-2's, at 1.5 .01
