@@ -1,7 +1,6 @@
 """Controller: what the policy remembers of the run, and the limits that always hold."""
 
 import contextlib
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -88,9 +87,10 @@ def _allowance(params: Any, axis_name: Any, law: Law) -> jax.Array:
       <https://arxiv.org/abs/1204.4227>`_, 2013
     """
     leaves = [x for x in jax.tree.leaves(params) if is_inexact(x)]
-    if not leaves or any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
         return jnp.float32(1)
-    sums = jax.tree.map(lambda *terms: sum(terms), *map(_sums, leaves))
+    count = jnp.float32(sum(map(jnp.size, leaves)))
+    sums = (count, *_sums(leaves))
     if axis_name is not None:
         with contextlib.suppress(NameError):  # Outside shard_map the arrays are whole.
             sums = jax.lax.psum(sums, axis_name)
@@ -104,11 +104,12 @@ def _allowance(params: Any, axis_name: Any, law: Law) -> jax.Array:
     return jnp.where(nonzero > 0, jnp.maximum(zeros, uneven), 1.0)
 
 
-@jax.jit  # In one pass: eagerly each sum would make a copy of the array.
-def _sums(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The number of entries, of those that are not zero, their absolute sum and that of squares."""
-    size = jnp.abs(jnp.asarray(x, jnp.float32))
+@jax.jit  # In one pass: eagerly each sum would make a copy of its array.
+def _sums(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The number of entries that are not zero, their absolute sum and that of their squares."""
+    sizes = [jnp.abs(jnp.asarray(x, jnp.float32)) for x in leaves]
     # By rows, since the number of a large array's entries overflows int32.
-    nonzero = jnp.count_nonzero(size, axis=-1) if size.ndim else jnp.count_nonzero(size)
-    count = jnp.full([], math.prod(size.shape), jnp.float32)
-    return count, jnp.sum(nonzero.astype(jnp.float32)), jnp.sum(size), jnp.sum(size * size)
+    rows = [jnp.count_nonzero(x, axis=-1 if x.ndim else None) for x in sizes]
+    zero = jnp.zeros([], jnp.float32)
+    nonzero = sum((jnp.sum(x.astype(jnp.float32)) for x in rows), zero)
+    return nonzero, sum(map(jnp.sum, sizes), zero), sum((jnp.sum(x * x) for x in sizes), zero)

@@ -16,8 +16,6 @@ LAW = Law()
 LIMITS = Limits(min_scale=1e-5, relative_step_limit=1.0, max_rejections=20)
 STATE = find(guard(optax.sgd(1.0)).init({"w": normal(4)}))
 LATCH = 0.1
-
-
 HEALTHY = jnp.float32(1)
 
 
