@@ -1,6 +1,7 @@
-"""Settings of every test: eight CPU devices, small repeatable examples.
+"""Settings of every test: eight CPU devices, small repeatable examples, cheap compilation.
 
 Tests of the core also run without silent broadcasting between ranks; the experiments use it.
+`XLA_FLAGS= pytest` compiles as JAX does by default, which takes nearly twice as long.
 """
 
 import os
@@ -13,6 +14,11 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 # Threads of XLA's CPU client. By default there is one per device: operations that are not jitted
 # take those that a sum over all devices waits for, and after 40 seconds XLA aborts the process.
 os.environ.setdefault("NPROC", "32")
+# Most of the suite's time is compilation, of programs that run for milliseconds.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 

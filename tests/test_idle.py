@@ -1,5 +1,7 @@
 """An idle guard is not to be seen, neither in a bit of the update nor of the inner state."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -97,7 +99,14 @@ def test_5_idle_means_identical(loop, inner, dtype):
 @pytest.mark.parametrize("inner", ["adamw", "clip_adamw"])
 @pytest.mark.parametrize("jit", ["step", "scan"])
 def test_5_idle_means_identical_as_compiled_by_default(jit, inner):
-    loop = {"step": by_steps(as_is, jax.jit), "scan": scanned(jax.jit)}[jit]
+    as_by_default = functools.partial(
+        jax.jit,
+        compiler_options={
+            "xla_cpu_use_fusion_emitters": True,
+            "xla_cpu_parallel_codegen_split_count": 32,
+        },
+    )
+    loop = {"step": by_steps(as_is, as_by_default), "scan": scanned(as_by_default)}[jit]
     params, batches, loss_fn = idle_problem(jnp.float32)
     tx = IDLE_INNERS[inner]()
     expected, bare = loop(tx, loss_fn, params, batches)
