@@ -91,6 +91,15 @@ def quality_long() -> BenchPreset:
     return dataclasses.replace(quality_nano(), steps=1000)
 
 
+def quality_deep() -> BenchPreset:
+    """A 197k-parameter byte model with four layers, in runs of 600 steps.
+
+    Command: `python -m experiments quality --preset deep --sections stress --tasks scratch`
+    Hardware: CPU, 2 GB of memory, no download.
+    """
+    return dataclasses.replace(quality_nano(), model=byte_decoder(64, 4, 4, 32), steps=600)
+
+
 def study_nano() -> BenchPreset:
     """The model of `quality_nano` with two seeds.
 
@@ -109,5 +118,10 @@ def study_pico() -> BenchPreset:
     return dataclasses.replace(quality_pico(), seeds=(0, 1))
 
 
-QUALITY_PRESETS = {"nano": quality_nano, "pico": quality_pico, "long": quality_long}
+QUALITY_PRESETS = {
+    "nano": quality_nano,
+    "pico": quality_pico,
+    "long": quality_long,
+    "deep": quality_deep,
+}
 STUDY_PRESETS = {"nano": study_nano, "pico": study_pico}
