@@ -14,6 +14,15 @@ from lbw_optax.statistics import Signals
 # XLA contracts `p + a * b` or not, as it happens to fuse: without this equal programs differ.
 exact_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
+# As users compile: with XLA's defaults for what `conftest` turns off.
+default_jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_cpu_use_fusion_emitters": True,
+        "xla_cpu_parallel_codegen_split_count": 32,
+    },
+)
+
 
 def normal(*shape, dtype=jnp.float32, seed=0):
     """Returns an array of normal random values, always the same for the same arguments."""

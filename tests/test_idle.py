@@ -1,12 +1,10 @@
 """An idle guard is not to be seen, neither in a bit of the update nor of the inner state."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from helpers import at, bits, exact_jit, normal, train
+from helpers import at, bits, default_jit, exact_jit, normal, train
 
 from lbw_optax import guard, report
 
@@ -66,7 +64,7 @@ def as_is(fn):
 
 LOOPS = {
     "eager": by_steps(as_is, as_is),
-    "update": by_steps(jax.jit, as_is),
+    "update": by_steps(default_jit, as_is),
     "step": by_steps(as_is, exact_jit),
     "scan": scanned(exact_jit),
 }
@@ -99,14 +97,7 @@ def test_5_idle_means_identical(loop, inner, dtype):
 @pytest.mark.parametrize("inner", ["adamw", "clip_adamw"])
 @pytest.mark.parametrize("jit", ["step", "scan"])
 def test_5_idle_means_identical_as_compiled_by_default(jit, inner):
-    as_by_default = functools.partial(
-        jax.jit,
-        compiler_options={
-            "xla_cpu_use_fusion_emitters": True,
-            "xla_cpu_parallel_codegen_split_count": 32,
-        },
-    )
-    loop = {"step": by_steps(as_is, as_by_default), "scan": scanned(as_by_default)}[jit]
+    loop = {"step": by_steps(as_is, default_jit), "scan": scanned(default_jit)}[jit]
     params, batches, loss_fn = idle_problem(jnp.float32)
     tx = IDLE_INNERS[inner]()
     expected, bare = loop(tx, loss_fn, params, batches)
