@@ -62,7 +62,7 @@ def decide(
 
     .. math::
 
-      \eta &= \max(\eta_0, \min(\mu A, 1)), \quad
+      \eta &= \min(1, \eta_0 \max(A, (N / n)^{1/4})), \quad
         r_t = \eta \, \text{healthy}_t / \|u_t\| \\
       \ell_t &= \min(1, \mathrm{clip}(\ell_{t-1}, \lambda r_t, r_t)) \\
       h_t &= h_{t-1} \cdot \begin{cases}
@@ -74,12 +74,12 @@ def decide(
 
     with :math:`\ell` the latch, :math:`h` the earned factor, :math:`q \pm e_q` the mean overshoot
     per squared scale and its standard error, :math:`\bar a` the mean slope, :math:`\theta` the
-    bearable overshoot, :math:`\eta_0` = ``law.share``, :math:`\mu` = ``law.allowance_share``,
-    :math:`A` the controller's ``allowance``, :math:`\lambda` = ``law.slack``,
-    :math:`\gamma` = ``law.growth``, :math:`\beta` = ``law.earn_straight``, :math:`G` =
-    ``law.rise_limit`` and :math:`s_0` = ``limits.min_scale``. The latch holds the scale, not the
-    step: the inner optimizer's own shortening of its steps survives. What is productive stands in
-    `Signals`.
+    bearable overshoot, :math:`\eta_0` = ``law.share``, :math:`A` the controller's ``allowance``,
+    :math:`N` = ``law.share_size``, :math:`n` the number of parameters, :math:`\lambda` =
+    ``law.slack``, :math:`\gamma` = ``law.growth``, :math:`\beta` = ``law.earn_straight``,
+    :math:`G` = ``law.rise_limit`` and :math:`s_0` = ``limits.min_scale``. The latch holds the
+    scale, not the step: the inner optimizer's own shortening of its steps survives. What is
+    productive stands in `Signals`.
 
     Args:
       controller: the policy's memory.
@@ -243,7 +243,10 @@ def _regulate(
 ) -> tuple[jax.Array, jax.Array]:
     """Moves latch and earned factor: by the control law under stress, else back to 1."""
     c, t, s = controller, telemetry, signals
-    share = jnp.maximum(law.share, jnp.minimum(law.allowance_share * c.allowance, 1))
+    # At a given depth the number of parameters grows with the square of the width, and the best
+    # relative step falls with its square root.
+    narrow = (law.share_size / t.size) ** 0.25
+    share = jnp.minimum(law.share * jnp.maximum(c.allowance, narrow), 1)
     room = share * bounds.healthy / jnp.where(t.step_norm > 0, t.step_norm, bounds.healthy)
     latch = jnp.minimum(jnp.clip(c.latch, law.slack * room, room), 1)
     straight = -s.overshoot * c.step_scale > law.earn_straight * s.slope

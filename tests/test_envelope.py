@@ -42,7 +42,7 @@ def healthy_length(before, params, update):
 
 @pytest.mark.parametrize(
     "tx",
-    [guard(make(0.1)) for make in (optax.lion, optax.adam, optax.sgd)],
+    [guard(make(0.1), law=Law(share_size=32 * 32)) for make in (optax.lion, optax.adam, optax.sgd)],
     ids=["lion", "adam", "sgd"],
 )
 @hypothesis.given(seed=st.integers(0, 2**16), signal=st.floats(0, 3))

@@ -36,11 +36,11 @@ def decided(before, regime, diagnosis, shown, run):
     )
 
 
-def steered(length=0.0, regime=Regime.STRESS, before=None, **known):
+def steered(length=0.0, regime=Regime.STRESS, before=None, size=LAW.share_size, **known):
     """The controller after a step without alarm; `length` is in units of the latch's."""
     before = {"step_scale": LATCH, "latch": LATCH, "last_length": 1.0} | (before or {})
     finite = dict.fromkeys(("gradient_finite", "loss_finite", "step_finite"), jnp.bool_(True))
-    shown = telemetry(step_norm=length * LAW.share / LATCH)._replace(**finite)
+    shown = telemetry(step_norm=length * LAW.share / LATCH, size=size)._replace(**finite)
     run, pressure = signals(**known), shown.step_norm / HEALTHY
     diagnosis = diagnose(shown, run, pressure, jnp.int32(0), jnp.bool_(True), True, LAW)
     return decided(before, regime, diagnosis, shown, run)[1]
@@ -73,13 +73,28 @@ def test_steps_that_end_on_a_slope_are_earned_back_up_to_the_latch_alone():
     assert earned(1.0, **STRAIGHT) == pytest.approx(1, rel=1e-6)
 
 
+def share_under_stress(**known):
+    """The share of the healthy length that is left of a step under stress."""
+    length = 20.0
+    return float(steered(length, **known).latch) * length * LAW.share / LATCH
+
+
 @pytest.mark.parametrize(
-    ("allowance", "share"), [(1.0, LAW.share), (1.3, LAW.share), (1.6, 0.8), (2.0, 1.0), (4.0, 1.0)]
+    ("allowance", "share"), [(1.0, LAW.share), (1.3, 0.65), (1.6, 0.8), (2.0, 1.0), (4.0, 1.0)]
 )
 def test_parameters_that_start_at_zero_get_a_larger_share_of_the_healthy_length(allowance, share):
-    length = 20.0
-    latch = steered(length, before={"allowance": allowance}).latch
-    assert float(latch) * length * LAW.share / LATCH == pytest.approx(share)
+    assert share_under_stress(before={"allowance": allowance}) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("part", "share"), [(1e4, LAW.share), (1, LAW.share), (1 / 4, 0.5**0.5), (1 / 16, 1), (1e-5, 1)]
+)
+def test_small_networks_get_a_larger_share_of_the_healthy_length(part, share):
+    size = part * LAW.share_size
+    assert share_under_stress(size=size) == pytest.approx(share)
+    # Small, or small at first: the one does not add to the other.
+    wide = share_under_stress(size=size, before={"allowance": 1.3})
+    assert wide == pytest.approx(max(share, 0.65))
 
 
 @pytest.mark.parametrize(("length", "latch"), [(2.0, 0.5), (1.0, 1.0), (0.5, 1.0), (0.1, 2.5)])

@@ -48,8 +48,8 @@ def quality(
     Run the same command again to go on with an interrupted job; cells that are finished are reused.
 
     Args:
-      preset: Size of the job: nano, pico (a smaller model) or long (longer runs), all for two CPU
-        cores.
+      preset: Size of the job: nano, pico (a smaller model), long (longer runs) or deep (a larger
+        model), all for two CPU cores.
       sections: What to measure: any of stress, idle, problems, networks, faults, optimizers,
         schedules.
       tasks: What to measure on: any of lora, scratch, full, words. Faults have lora and scratch;
