@@ -197,17 +197,21 @@ class Law:
     """Dwell: steps without an alarm before RECOVERY becomes STABLE."""
 
     # Policy: how the scale moves.
-    share: float = 0.5
-    """Share of the healthy length at which the latch holds a step under stress: a start below the
-    best learning rate, from which the earned factor can grow, is a warm-up. From scratch, two
-    decoders of 197 and 228 thousand parameters end .04 to .05 higher at 0.7. Times the allowance,
-    up to 1: LoRA warms up by itself because its product starts at zero; at 0.7 four LoRA tasks of
-    300 steps end .003 to .012 higher, three of 1,000 up to .008, two of 3,000 up to .014."""
-    share_size: float = 2.5e5
-    """Number of parameters below which that share is larger, by the fourth root of the ratio: at a
-    given depth the best relative step falls with the square root of the width. From scratch .85 is
-    best with 20 thousand parameters, .6 to .7 with 63 thousand; more were not measured above 228
-    thousand."""
+    share_size: float = 15_625.0
+    """Number of parameters up to which the latch holds a step under stress at all of the healthy
+    length; in larger networks at a share of it that falls with the fourth root of their number, .5
+    at 250 thousand. A start below the best learning rate, from which the earned factor can grow, is
+    a warm-up. With .7 for all, decoders from scratch of 200 to 860 thousand parameters end .02 to
+    .07 above AdamW's best, and one of 20 thousand .02 higher than now."""
+    share_least: float = 0.2
+    """Least such share, that of 10 million parameters. From scratch .5 is too much for 862
+    thousand, which end .03 above AdamW's best; nothing larger was measured."""
+    allowance_share: float = 0.5
+    """Largest such share from which it rises to 1 as the allowance goes from 1 to 2. LoRA has 2: it
+    warms up by itself because its product starts at zero. With .7 four LoRA tasks of 300 steps end
+    .003 to .012 higher, three of 1,000 up to .008, two of 3,000 up to .014. Over words the share is
+    .71 to .75; at .64 they end .03 above AdamW's best, at .84 decoders over bytes with all matrices
+    at .02 end .06 above it."""
     slack: float = 0.25
     """Least share of that length which the latch leaves. Adam shortens its own steps by 4.4 =
     sqrt((1 + b1) / (1 - b1)) for b1 = 0.9; a step below it means that the stress is over."""

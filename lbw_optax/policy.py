@@ -62,7 +62,8 @@ def decide(
 
     .. math::
 
-      \eta &= \min(1, \eta_0 \max(A, (N / n)^{1/4})), \quad
+      \eta_n &= \mathrm{clip}((N / n)^{1/4}, \eta_0, 1), \quad b = \min(\eta_n, \mu) \\
+      \eta &= \max(\eta_n, b + (1 - b) \min(A - 1, 1)), \quad
         r_t = \eta \, \text{healthy}_t / \|u_t\| \\
       \ell_t &= \min(1, \mathrm{clip}(\ell_{t-1}, \lambda r_t, r_t)) \\
       h_t &= h_{t-1} \cdot \begin{cases}
@@ -74,12 +75,12 @@ def decide(
 
     with :math:`\ell` the latch, :math:`h` the earned factor, :math:`q \pm e_q` the mean overshoot
     per squared scale and its standard error, :math:`\bar a` the mean slope, :math:`\theta` the
-    bearable overshoot, :math:`\eta_0` = ``law.share``, :math:`A` the controller's ``allowance``,
-    :math:`N` = ``law.share_size``, :math:`n` the number of parameters, :math:`\lambda` =
-    ``law.slack``, :math:`\gamma` = ``law.growth``, :math:`\beta` = ``law.earn_straight``,
-    :math:`G` = ``law.rise_limit`` and :math:`s_0` = ``limits.min_scale``. The latch holds the
-    scale, not the step: the inner optimizer's own shortening of its steps survives. What is
-    productive stands in `Signals`.
+    bearable overshoot, :math:`\eta_0` = ``law.share_least``, :math:`N` = ``law.share_size``,
+    :math:`n` the number of parameters, :math:`\mu` = ``law.allowance_share``, :math:`A` the
+    controller's ``allowance``, :math:`\lambda` = ``law.slack``, :math:`\gamma` = ``law.growth``,
+    :math:`\beta` = ``law.earn_straight``, :math:`G` = ``law.rise_limit`` and :math:`s_0` =
+    ``limits.min_scale``. The latch holds the scale, not the step: the inner optimizer's own
+    shortening of its steps survives. What is productive stands in `Signals`.
 
     Args:
       controller: the policy's memory.
@@ -245,8 +246,9 @@ def _regulate(
     c, t, s = controller, telemetry, signals
     # At a given depth the number of parameters grows with the square of the width, and the best
     # relative step falls with its square root.
-    narrow = (law.share_size / t.size) ** 0.25
-    share = jnp.minimum(law.share * jnp.maximum(c.allowance, narrow), 1)
+    sized = jnp.clip((law.share_size / t.size) ** 0.25, law.share_least, 1)
+    least = jnp.minimum(sized, law.allowance_share)
+    share = jnp.maximum(sized, least + (1 - least) * jnp.minimum(c.allowance - 1, 1))
     room = share * bounds.healthy / jnp.where(t.step_norm > 0, t.step_norm, bounds.healthy)
     latch = jnp.minimum(jnp.clip(c.latch, law.slack * room, room), 1)
     straight = -s.overshoot * c.step_scale > law.earn_straight * s.slope

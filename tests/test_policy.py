@@ -16,6 +16,8 @@ LAW = Law()
 LIMITS = Limits(min_scale=1e-5, relative_step_limit=1.0, max_rejections=20)
 STATE = find(guard(optax.sgd(1.0)).init({"w": normal(4)}))
 LATCH = 0.1
+SHARE = 0.5
+SIZE = LAW.share_size / SHARE**4
 HEALTHY = jnp.float32(1)
 
 
@@ -36,11 +38,11 @@ def decided(before, regime, diagnosis, shown, run):
     )
 
 
-def steered(length=0.0, regime=Regime.STRESS, before=None, size=LAW.share_size, **known):
+def steered(length=0.0, regime=Regime.STRESS, before=None, size=SIZE, **known):
     """The controller after a step without alarm; `length` is in units of the latch's."""
     before = {"step_scale": LATCH, "latch": LATCH, "last_length": 1.0} | (before or {})
     finite = dict.fromkeys(("gradient_finite", "loss_finite", "step_finite"), jnp.bool_(True))
-    shown = telemetry(step_norm=length * LAW.share / LATCH, size=size)._replace(**finite)
+    shown = telemetry(step_norm=length * SHARE / LATCH, size=size)._replace(**finite)
     run, pressure = signals(**known), shown.step_norm / HEALTHY
     diagnosis = diagnose(shown, run, pressure, jnp.int32(0), jnp.bool_(True), True, LAW)
     return decided(before, regime, diagnosis, shown, run)[1]
@@ -76,25 +78,28 @@ def test_steps_that_end_on_a_slope_are_earned_back_up_to_the_latch_alone():
 def share_under_stress(**known):
     """The share of the healthy length that is left of a step under stress."""
     length = 20.0
-    return float(steered(length, **known).latch) * length * LAW.share / LATCH
+    return float(steered(length, **known).latch) * length * SHARE / LATCH
 
 
 @pytest.mark.parametrize(
-    ("allowance", "share"), [(1.0, LAW.share), (1.3, 0.65), (1.6, 0.8), (2.0, 1.0), (4.0, 1.0)]
+    ("allowance", "share"),
+    [(1.0, 0.5), (1.3, 0.65), (1.6, 0.8), (2.0, 1.0), (4.0, 1.0)],
 )
 def test_parameters_that_start_at_zero_get_a_larger_share_of_the_healthy_length(allowance, share):
-    assert share_under_stress(before={"allowance": allowance}) == pytest.approx(share)
+    before = {"allowance": allowance}
+    assert share_under_stress(before=before) == pytest.approx(share)
+    # A small network has more than these at first, and a large one less.
+    assert share_under_stress(before=before, size=SIZE / 4) == pytest.approx(max(share, 0.5**0.5))
+    large = 0.25 + 0.75 * min(allowance - 1, 1)
+    assert share_under_stress(before=before, size=SIZE * 16) == pytest.approx(large)
 
 
 @pytest.mark.parametrize(
-    ("part", "share"), [(1e4, LAW.share), (1, LAW.share), (1 / 4, 0.5**0.5), (1 / 16, 1), (1e-5, 1)]
+    ("times", "share"),
+    [(1e-4, 1), (1, 1), (4, 0.5**0.5), (16, 0.5), (256, 0.25), (1e5, LAW.share_least)],
 )
-def test_small_networks_get_a_larger_share_of_the_healthy_length(part, share):
-    size = part * LAW.share_size
-    assert share_under_stress(size=size) == pytest.approx(share)
-    # Small, or small at first: the one does not add to the other.
-    wide = share_under_stress(size=size, before={"allowance": 1.3})
-    assert wide == pytest.approx(max(share, 0.65))
+def test_the_larger_a_network_the_smaller_its_share_of_the_healthy_length(times, share):
+    assert share_under_stress(size=times * LAW.share_size) == pytest.approx(share)
 
 
 @pytest.mark.parametrize(("length", "latch"), [(2.0, 0.5), (1.0, 1.0), (0.5, 1.0), (0.1, 2.5)])
