@@ -245,7 +245,7 @@ def _regulate(
     """Moves latch and earned factor: by the control law under stress, else back to 1."""
     c, t, s = controller, telemetry, signals
     # At a given depth the number of parameters grows with the square of the width, and the best
-    # relative step falls with its square root.
+    # relative step falls with the square root of the width.
     sized = jnp.clip((law.share_size / t.size) ** 0.25, law.share_least, 1)
     least = jnp.minimum(sized, law.allowance_share)
     share = jnp.maximum(sized, least + (1 - least) * jnp.minimum(c.allowance - 1, 1))
