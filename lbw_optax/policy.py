@@ -234,6 +234,15 @@ def _name(
     return action, cause
 
 
+def _share(controller: Controller, telemetry: Telemetry, law: Law) -> jax.Array:
+    """How much of the healthy length a step may have under stress, in (0, 1]."""
+    # At a given depth the number of parameters grows with the square of the width, and the best
+    # relative step falls with the square root of the width.
+    sized = jnp.clip((law.share_size / telemetry.size) ** 0.25, law.share_least, 1)
+    start = jnp.minimum(sized, law.allowance_share)
+    return jnp.maximum(sized, start + (1 - start) * jnp.minimum(controller.allowance - 1, 1))
+
+
 def _regulate(
     controller: Controller,
     regime: jax.Array,
@@ -244,12 +253,8 @@ def _regulate(
 ) -> tuple[jax.Array, jax.Array]:
     """Moves latch and earned factor: by the control law under stress, else back to 1."""
     c, t, s = controller, telemetry, signals
-    # At a given depth the number of parameters grows with the square of the width, and the best
-    # relative step falls with the square root of the width.
-    sized = jnp.clip((law.share_size / t.size) ** 0.25, law.share_least, 1)
-    least = jnp.minimum(sized, law.allowance_share)
-    share = jnp.maximum(sized, least + (1 - least) * jnp.minimum(c.allowance - 1, 1))
-    room = share * bounds.healthy / jnp.where(t.step_norm > 0, t.step_norm, bounds.healthy)
+    longest = _share(c, t, law) * bounds.healthy
+    room = longest / jnp.where(t.step_norm > 0, t.step_norm, bounds.healthy)
     latch = jnp.minimum(jnp.clip(c.latch, law.slack * room, room), 1)
     straight = -s.overshoot * c.step_scale > law.earn_straight * s.slope
     too_short = straight & (s.overshoot + 2 * s.overshoot_error < 0)

@@ -82,8 +82,7 @@ def share_under_stress(**known):
 
 
 @pytest.mark.parametrize(
-    ("allowance", "share"),
-    [(1.0, 0.5), (1.3, 0.65), (1.6, 0.8), (2.0, 1.0), (4.0, 1.0)],
+    ("allowance", "share"), [(1.0, SHARE), (1.3, 0.65), (1.6, 0.8), (2.0, 1.0), (4.0, 1.0)]
 )
 def test_parameters_that_start_at_zero_get_a_larger_share_of_the_healthy_length(allowance, share):
     before = {"allowance": allowance}

@@ -108,6 +108,7 @@ def test_an_envelope_that_is_switched_off_leaves_a_finite_state(params):
         ("brief_steps", math.inf),
         ("noise_clip", math.inf),
         ("share_size", math.inf),
+        ("share_least", 1.0),
         ("cut_limit", 0.6),
         ("earned_least", 3.0),
         ("past_age", 1.0),
