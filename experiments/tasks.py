@@ -30,9 +30,14 @@ BYTE_TASKS = ("lora", "scratch", "full")
 """LoRA fine-tune of the pretrained base, training from random values, full fine-tune of the base;
 all three on the bytes of the Python manual."""
 
-TASKS = (*BYTE_TASKS, "words")
-"""The same, and training from random values on the words of Python's standard library: most
-parameters are embeddings, which start far smaller than the other ones."""
+TASKS = (*BYTE_TASKS, "words", "usual")
+"""The same; training from random values on the words of Python's standard library, where most
+parameters are embeddings, which start far smaller than the other ones; and `scratch` from the
+values that published models start from."""
+
+USUAL_DEVIATION = 0.02
+"""Standard deviation at which the matrices of published models start, GPT-2's, Llama's and
+Qwen2's among them (`initializer_range`)."""
 
 VOCABULARY = 4096
 """Words that are told apart."""
@@ -84,6 +89,7 @@ def language_tasks(preset: BenchPreset, names: tuple[str, ...] = TASKS) -> dict[
         "scratch": (_scratch, _bytes),
         "full": (_full, _bytes),
         "words": (_scratch_words, _words),
+        "usual": (_scratch_usual, _bytes),
     }
     tasks = {}
     for name in names:
@@ -116,6 +122,16 @@ def _scratch(preset: BenchPreset, base: nnx.Module | None):
 def _scratch_words(preset: BenchPreset, base: nnx.Module | None):
     model = dataclasses.replace(preset.model, vocab_size=VOCABULARY)
     return _scratch(dataclasses.replace(preset, model=model), base)
+
+
+def _scratch_usual(preset: BenchPreset, base: nnx.Module | None):
+    init, loss = _scratch(preset, base)
+
+    def rescale(x):
+        constant = x.min() == x.max()  # Gains and biases.
+        return jnp.where(constant, x, x * (USUAL_DEVIATION / jnp.where(constant, 1, x.std())))
+
+    return lambda key: jax.tree.map(rescale, init(key)), loss
 
 
 def _full(preset: BenchPreset, base: nnx.Module):

@@ -26,6 +26,8 @@ class Controller(NamedTuple):
       latch: scale that the envelope has imposed; it follows the envelope down at once.
       earned: factor on the latch that the measured overshoot has earned; below 1 it anneals.
       trust_radius: absolute step length that has proved safe; 0 before the first step.
+      first_length: norm of the first inner step; the largest float32 before it, and 0 once a later
+        one was certainly longer, as in a warm-up.
       last_length: norm of the last applied step; 0 before the first, and once a step that cannot be
         undone has been blamed.
       last_slope: slope at the start of the last applied step, in units of the loss.
@@ -40,6 +42,7 @@ class Controller(NamedTuple):
     latch: jax.Array  # shape=(), dtype=float32
     earned: jax.Array  # shape=(), dtype=float32
     trust_radius: jax.Array  # shape=(), dtype=float32
+    first_length: jax.Array  # shape=(), dtype=float32
     last_length: jax.Array  # shape=(), dtype=float32
     last_slope: jax.Array  # shape=(), dtype=float32
     rejections: jax.Array  # shape=(), dtype=int32
@@ -50,7 +53,7 @@ class Controller(NamedTuple):
 
 def init_controller(params: Any, axis_name: Any, law: Law) -> Controller:
     """Returns the controller of a run that has not begun; its very first steps are not excused."""
-    start = {"step_scale": 1, "latch": 1, "earned": 1}
+    start = {"step_scale": 1, "latch": 1, "earned": 1, "first_length": jnp.finfo(jnp.float32).max}
     start |= {"too_long": law.brief_steps, "allowance": _allowance(params, axis_name, law)}
     whole = ("rejections", "nonfinites", "too_long")
     return Controller(

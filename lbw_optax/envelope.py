@@ -40,14 +40,16 @@ def step_bounds(
 
     .. math::
 
-      \rho_t = \max(\rho, \rho_0 (t + 1)^{-\alpha}), \quad
-      \text{healthy} = \min(\max(\rho_t w \|p\| A, f), \text{hard}), \quad
-      \text{hard} = \ell \max(\|p\|, \sqrt{n})
+      \sigma_t &= \rho_0 (t + 1)^{-\alpha}, \quad
+        \rho_t = \max(\rho, \min(\sigma_t, u_1 / (w \|p\| A)), \min(A - 1, 1) \, \sigma_t) \\
+      \text{healthy} &= \min(\max(\rho_t w \|p\| A, f), \text{hard}), \quad
+        \text{hard} = \ell \max(\|p\|, \sqrt{n})
 
     with :math:`\rho` = ``law.relative_step``, :math:`\rho_0` = ``law.relative_step_start``,
     :math:`\alpha` = ``law.relative_step_power``, :math:`w` = ``reach``, :math:`f` the trust radius,
-    :math:`\ell` = ``limits.relative_step_limit``, :math:`n` the number of parameters and :math:`A`
-    the controller's ``allowance`` for those that started at zero or far smaller than the others.
+    :math:`\ell` = ``limits.relative_step_limit``, :math:`n` the number of parameters, :math:`A` the
+    controller's ``allowance`` for those that started at zero or far smaller than the others, and
+    :math:`u_1` its ``first_length``: the long steps of the start are for runs that start with one.
 
     Args:
       controller: the policy's memory.
@@ -68,6 +70,11 @@ def step_bounds(
     start = (
         law.relative_step_start * (observations.astype(jnp.float32) + 1) ** -law.relative_step_power
     )
+    size = reach * t.parameter_norm * controller.allowance
+    first = controller.first_length / jnp.where(size > 0, size, 1)
+    zeros = jnp.clip(controller.allowance - 1, 0, 1)
+    start = jnp.minimum(start, _NO_LIMIT / 4)
+    start = jnp.maximum(jnp.minimum(start, first), zeros * start)
     # Both may be infinite: as thresholds they are switched off.
     share = jnp.minimum(jnp.maximum(law.relative_step, start), _NO_LIMIT / 4)
     relative = share * reach * t.parameter_norm * controller.allowance
@@ -80,6 +87,17 @@ def step_bounds(
         healthy=jnp.clip(healthy, least, hard),
         hard=hard,
     )
+
+
+def next_first_length(controller: Controller, telemetry: Telemetry, law: Law) -> jax.Array:
+    """Remembers how long the first inner step was, until a later one is certainly longer.
+
+    Adam's first step at a constant rate is a sign, the longest that it ever makes; later ones are
+    means. Where they grow instead, the rate does: after a warm-up steps are means from the start.
+    """
+    first, length = controller.first_length, jnp.minimum(telemetry.step_norm, _NO_LIMIT)
+    grown = length / law.stress_pressure > first
+    return jnp.where(first >= _NO_LIMIT, length, jnp.where(grown, 0, first))
 
 
 def _trust_radius(controller: Controller, telemetry: Telemetry, law: Law) -> jax.Array:

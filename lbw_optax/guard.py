@@ -31,6 +31,7 @@ class GuardState(NamedTuple):
       last_step: what is remembered of the last applied step.
       regime: the current `Regime`.
       dwell: quiet steps spent in it in a row.
+      stressed: whether it is `STRESS`, or was before an alarm.
       has_loss: whether the last update was given the loss.
       has_params: whether it was given the parameters.
       statistics: what the run has shown so far.
@@ -42,6 +43,7 @@ class GuardState(NamedTuple):
     last_step: Any
     regime: jax.Array  # shape=(), dtype=int32
     dwell: jax.Array  # shape=(), dtype=int32
+    stressed: jax.Array  # shape=(), dtype=bool
     has_loss: jax.Array  # shape=(), dtype=bool
     has_params: jax.Array  # shape=(), dtype=bool
     statistics: statistics.Statistics
@@ -147,6 +149,7 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
             last_step=memory.allocate(mode, params),
             regime=jnp.zeros([], jnp.int32),
             dwell=jnp.zeros([], jnp.int32),
+            stressed=jnp.zeros([], bool),
             has_loss=jnp.zeros([], bool),
             has_params=jnp.zeros([], bool),
             statistics=statistics.init_statistics(),
@@ -196,8 +199,8 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
         diagnosis = interpretation.diagnose(
             telemetry, signals, pressure, state.controller.too_long, moved, can_undo, law
         )
-        regime, dwell = interpretation.next_regime(
-            state.regime, state.dwell, diagnosis, last_scale, law
+        regime, dwell, stressed = interpretation.next_regime(
+            state.regime, state.dwell, state.stressed, diagnosis, last_scale, law
         )
 
         # Decide.
@@ -239,6 +242,7 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
             last_step=last_step,
             regime=regime,
             dwell=dwell,
+            stressed=stressed,
             has_loss=jnp.full([], has_loss, bool),
             has_params=jnp.full([], has_params, bool),
             statistics=learned,

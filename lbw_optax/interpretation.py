@@ -144,25 +144,33 @@ def diagnose(
 
 
 def next_regime(
-    regime: jax.Array, dwell: jax.Array, diagnosis: Diagnosis, scale: jax.Array, law: Law
-) -> tuple[jax.Array, jax.Array]:
+    regime: jax.Array,
+    dwell: jax.Array,
+    stressed: jax.Array,
+    diagnosis: Diagnosis,
+    scale: jax.Array,
+    law: Law,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Moves the regime, with hysteresis and dwell.
+
+    An alarm interrupts stress and does not end it; where there was none, it begins none.
 
     Args:
       regime: the `Regime` so far.
       dwell: quiet steps spent in it in a row.
+      stressed: whether it is STRESS, or was before an alarm.
       diagnosis: this step.
       scale: the scale so far; STABLE is entered only at 1.
       law: the constants.
 
     Returns:
-      The new regime and its dwell, both int32 scalars.
+      The new regime and its dwell, both int32 scalars, and whether the run is stressed, a bool.
     """
     d = diagnosis
     alarm = d.alarm != Cause.NONE
     quiet = ~alarm & jnp.where(regime == Regime.STRESS, d.calm, ~d.suspicion)
     waited = jnp.where(quiet, dwell + jnp.int32(~d.empty), 0)
-    after_spike = jnp.where(scale < 1, Regime.STRESS, Regime.RECOVERY)
+    after_spike = jnp.where(stressed, Regime.STRESS, Regime.RECOVERY)
     after_stress = jnp.where(waited >= law.calm_steps, Regime.RECOVERY, Regime.STRESS)
     ready = (waited >= law.recovery_steps) & (scale >= 1)
     after_recovery = jnp.where(ready, Regime.STABLE, Regime.RECOVERY)
@@ -177,4 +185,5 @@ def next_regime(
         [Regime.SPIKE, Regime.STRESS, Regime.STABLE, after_stress, after_spike],
         after_recovery,
     ).astype(jnp.int32)
-    return new, jnp.where(new == regime, waited, 0)
+    stressed = jnp.where(new == Regime.SPIKE, stressed, new == Regime.STRESS)
+    return new, jnp.where(new == regime, waited, 0), stressed

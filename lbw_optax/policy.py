@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lbw_optax.controller import Controller, Limits
-from lbw_optax.envelope import Envelope, next_trust_radius
+from lbw_optax.envelope import Envelope, next_first_length, next_trust_radius
 from lbw_optax.interpretation import Cause, Diagnosis, Regime
 from lbw_optax.law import Law
 from lbw_optax.sensing import Telemetry
@@ -135,6 +135,7 @@ def decide(
         latch=jnp.where(learned | exhausted, latch, c.latch),
         earned=jnp.where(learned, earned, c.earned),
         trust_radius=jnp.where(learned, radius, c.trust_radius),
+        first_length=jnp.where(moved, next_first_length(c, t, law), c.first_length),
         # A step is blamed once: where it cannot be undone, it is forgotten.
         last_length=jnp.select(
             [undone, moved, blamed],

@@ -233,10 +233,12 @@ def tuned():
     return final(train(optax.adam(TUNED), mlp_loss, params, 400, batches)[2])
 
 
+@pytest.mark.parametrize("warmup", [0, 40])
 @pytest.mark.parametrize("multiple", [10, 100])
-def test_learning_rate_far_too_high_ends_near_the_tuned_one(tuned, multiple):
+def test_learning_rate_far_too_high_ends_near_the_tuned_one(tuned, multiple, warmup):
     params, batches = mlp_problem()
     rate = multiple * TUNED
+    rate = optax.linear_schedule(0.0, rate, warmup) if warmup else rate
     plain = final(train(optax.adam(rate), mlp_loss, params, 400, batches)[2])
     _, state, losses = train(guard(optax.adam(rate)), mlp_loss, params, 400, batches)
     untrained = float(losses[0])
@@ -355,7 +357,7 @@ def test_one_long_step_is_no_stress_but_three_or_a_far_too_long_one_are():
         stream = {"grads": grads, "value": jnp.ones(12), "gain": jnp.asarray(gains)}
         return [Regime(int(r)).name for r in find(run(tx, START, stream)[2]).regime]
 
-    quiet = [1.0] * 12
+    quiet = [long] + [1.0] * 11  # Steps as long as the first may be longer at the start.
     once = [*quiet[:8], long, *quiet[9:]]
     assert set(regimes(once)) == {"STABLE"}
     thrice = quiet[:8] + [long] * 3 + quiet[11:]
@@ -366,6 +368,8 @@ def test_one_long_step_is_no_stress_but_three_or_a_far_too_long_one_are():
     assert regimes(far)[8] == "STRESS"
     first = [2 * long, *quiet[1:]]
     assert regimes(first)[0] == "STRESS"
+    risen = [1.0, *once[1:]]  # Pressure 2.5.
+    assert regimes(risen)[8] == "STRESS"
 
 
 def mean_square(p, batch):
@@ -470,10 +474,23 @@ def test_backtracks_in_a_row_go_on_along_the_last_step():
 
 
 def test_a_spike_amid_stress_is_followed_by_stress():
-    """The scale is below 1 still: the law goes on, although nothing is suspected now."""
+    """An alarm does not end stress: the law goes on, although nothing is suspected now."""
     tx = guard(with_gain(optax.sgd(1.0)))
     grads = jnp.full((6, 4), 1e-3).at[4].set(jnp.nan)
     gains = jnp.array([1.0, 1.0, 1e3, 1e3, 1.0, 1.0])
     stream = {"grads": grads, "value": jnp.ones(6), "gain": gains}
     regimes = run(tx, jnp.ones(4), stream)[2].regime
     assert [Regime(int(r)).name for r in regimes[2:]] == ["STRESS", "STRESS", "SPIKE", "STRESS"]
+
+
+def test_one_harmful_step_is_followed_by_recovery():
+    """Nothing else is suspected: the scale returns to 1, and stays there."""
+    tx = guard(optax.sgd(1.0))
+    grads = jnp.full((120, 4), 0.5).at[20].set(-4.0)
+    states = run(tx, jnp.full(4, 100.0), {"grads": grads, "value": jnp.ones(120)})[2]
+    assert actions(states)[20] == Action.BACKTRACK
+    regimes = [Regime(int(r)).name for r in states.regime]
+    assert regimes[19:23] == ["STABLE", "SPIKE", "RECOVERY", "RECOVERY"]
+    assert "STRESS" not in regimes
+    assert report(at(states, -1)).regime == "STABLE"
+    assert report(at(states, -1)).scale == 1

@@ -11,7 +11,7 @@ from helpers import actions, at, exact_jit, feed, find, norm, normal, telemetry,
 
 from lbw_optax import Action, Law, Regime, guard, statistics
 from lbw_optax.controller import Limits
-from lbw_optax.envelope import _NO_LIMIT, next_trust_radius, step_bounds
+from lbw_optax.envelope import _NO_LIMIT, next_first_length, next_trust_radius, step_bounds
 
 LIMITS = Limits(min_scale=1e-5, relative_step_limit=1.0, max_rejections=20)
 PARAMS = {"w": normal(32, 32)}
@@ -70,6 +70,36 @@ def test_the_envelope_is_wider_where_steps_do_not_add_up():
     once, thrice = (bounds(start.controller, shown, reach=reach) for reach in (1, 3))
     np.testing.assert_allclose(thrice.healthy, 3 * once.healthy, rtol=1e-6)
     assert thrice.hard == once.hard
+
+
+@pytest.mark.parametrize(
+    ("first", "allowance", "share"),
+    [
+        (_NO_LIMIT, 1.0, 0.03 * 2**-0.2),  # No step yet.
+        (1.0, 1.0, 0.03 * 2**-0.2),
+        (0.2, 1.0, 0.02),
+        (0.01, 1.0, 0.01),
+        (0.0, 1.0, 0.01),
+        (0.0, 1.5, 0.015 * 2**-0.2),
+        (0.0, 2.0, 0.03 * 2**-0.2),
+    ],
+)
+def test_steps_are_long_at_the_start_where_the_first_was(first, allowance, share):
+    known = {"first_length": jnp.float32(first), "allowance": jnp.float32(allowance)}
+    controller = find(guard(optax.sgd(1.0)).init(PARAMS)).controller._replace(**known)
+    shown = telemetry(parameter_norm=10, step_norm=1, size=1024)
+    found = bounds(controller, shown, observations=1)
+    np.testing.assert_allclose(found.healthy, share * 10 * allowance, rtol=1e-6)
+
+
+def test_the_first_length_is_forgotten_once_a_later_step_is_certainly_longer():
+    start = find(guard(optax.sgd(1.0)).init(PARAMS)).controller
+    seen = []
+    for length in (2.0, 0.5, 2.3, 2.5, 0.1):
+        first = next_first_length(start, telemetry(step_norm=length), Law())
+        start = start._replace(first_length=first)
+        seen.append(float(first))
+    assert seen == [2.0, 2.0, 2.0, 0.0, 0.0]
 
 
 def next_radius(way, bound=True):

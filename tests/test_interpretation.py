@@ -132,11 +132,15 @@ def test_steps_that_do_not_add_up_may_overshoot_by_more(reach, noise):
     st.booleans(),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
     st.sampled_from([0.5, 1.0]),
 )
 @settings(max_examples=200)
-def test_regimes_move_as_the_table_says(regime, dwell, alarmed, suspicion, calm, empty, scale):
+def test_regimes_move_as_the_table_says(
+    regime, dwell, alarmed, suspicion, calm, empty, interrupted, scale
+):
     calm = calm and not suspicion
+    stressed = regime == Regime.STRESS or (regime == Regime.SPIKE and interrupted)
     shown = Diagnosis(
         alarm=jnp.int32(Cause.OVERSHOOT if alarmed else Cause.NONE),
         size=jnp.float32(0),
@@ -146,17 +150,20 @@ def test_regimes_move_as_the_table_says(regime, dwell, alarmed, suspicion, calm,
         empty=jnp.bool_(empty),
     )
     later = dwell + (not empty)
-    new, waited = next_regime(jnp.int32(regime), jnp.int32(dwell), shown, jnp.float32(scale), LAW)
+    new, waited, goes_on = next_regime(
+        jnp.int32(regime), jnp.int32(dwell), jnp.bool_(stressed), shown, jnp.float32(scale), LAW
+    )
     after = {
         Regime.STABLE: Regime.STABLE,
         Regime.STRESS: Regime.RECOVERY if calm and later >= LAW.calm_steps else Regime.STRESS,
-        Regime.SPIKE: Regime.STRESS if scale < 1 else Regime.RECOVERY,
+        Regime.SPIKE: Regime.STRESS if stressed else Regime.RECOVERY,
         Regime.RECOVERY: Regime.STABLE
         if later >= LAW.recovery_steps and scale == 1
         else Regime.RECOVERY,
     }
     expected = Regime.SPIKE if alarmed else Regime.STRESS if suspicion else after[regime]
     assert Regime(int(new)) == expected
+    assert goes_on == (stressed if alarmed else expected == Regime.STRESS)
     if expected != regime or alarmed:
         assert waited == 0
     elif regime == Regime.STRESS:
@@ -207,5 +214,6 @@ def test_recovery_ends_after_quiet_steps_that_need_not_be_calm():
     assert not found.calm
     found = found._replace(empty=jnp.bool_(False))
     dwell = jnp.int32(LAW.recovery_steps - 1)
-    new, _ = next_regime(jnp.int32(Regime.RECOVERY), dwell, found, jnp.float32(1), LAW)
+    recovery, unstressed = jnp.int32(Regime.RECOVERY), jnp.bool_(False)
+    new, _, _ = next_regime(recovery, dwell, unstressed, found, jnp.float32(1), LAW)
     assert new == Regime.STABLE

@@ -156,6 +156,8 @@ def test_tasks_train_what_they_say(monkeypatch):
     assert sizes["full"] == sizes["scratch"]
     width = TINY.model.hidden_size
     assert sizes["words"] - sizes["scratch"] == (tasks.VOCABULARY - BYTE_VOCABULARY) * width
+    usual = jax.tree.leaves(found["usual"].init(jax.random.key(0)))
+    assert {round(float(x.std()), 6) for x in usual} == {0.0, tasks.USUAL_DEVIATION}
     kinds = {type(x) for x in jax.tree.leaves(shapes["lora"], is_leaf=is_variable)}
     assert kinds == {nnx.LoRAParam}
     for name, task in found.items():

@@ -52,8 +52,8 @@ def quality(
         model), all for two CPU cores.
       sections: What to measure: any of stress, idle, problems, networks, faults, optimizers,
         schedules.
-      tasks: What to measure on: any of lora, scratch, full, words. Faults have lora and scratch;
-        problems, networks and optimizers have tasks of their own.
+      tasks: What to measure on: any of lora, scratch, full, words, usual. Faults have lora and
+        scratch; problems, networks and optimizers have tasks of their own.
       methods: What stress compares with AdamW and the guard, by the names in its tables; by default
         every peer.
       seeds: Seeds of the runs, but of the idle ones; by default the preset's.

@@ -106,7 +106,8 @@ def study(
 
     Args:
       preset: Size of the job: nano or pico, both for two CPU cores.
-      tasks: What to measure on: any of lora, scratch, full, words; by default the first three.
+      tasks: What to measure on: any of lora, scratch, full, words, usual; by default the first
+        three.
       seeds: Seeds of the runs; by default the preset's.
       results: Folder for the results; the job writes to study/PRESET in it.
       fresh: Start over, dropping the results of an earlier job in that folder.
