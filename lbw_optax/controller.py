@@ -69,13 +69,15 @@ def _allowance(params: Any, axis_name: Any, law: Law) -> jax.Array:
 
     .. math::
 
-      A = \max(\min(n / n_0, A_0), \min(\chi n / n_e, A_e)), \quad
-      n_e = (\textstyle\sum |p|)^2 / \sum p^2
+      A &= \max(\min(n / n_0, A_0), \min(\chi n / n_e, 1 + (A_e - 1) \min(n_e / (\chi_0 n), 1)))
+        \\
+      n_e &= (\textstyle\sum |p|)^2 / \sum p^2
 
     with :math:`n` the number of entries, :math:`n_0` that of those that are not zero,
-    :math:`A_0` = ``law.allowance_most``, :math:`\chi` = ``law.usual_carriers`` and :math:`A_e` =
-    ``law.allowance_uneven``. :math:`n_e` is how many equal entries would have these two sums, at
-    most :math:`n_0`. Small entries, as zeros, will get a size but have none yet.
+    :math:`A_0` = ``law.allowance_most``, :math:`\chi` = ``law.usual_carriers``, :math:`\chi_0` =
+    ``law.least_carriers`` and :math:`A_e` = ``law.allowance_uneven``. :math:`n_e` is how many equal
+    entries would have these two sums, at most :math:`n_0`. Small entries, as zeros, will get a size
+    but have none yet.
 
     Args:
       params: the parameters; shapes without values say nothing.
@@ -101,7 +103,9 @@ def _allowance(params: Any, axis_name: Any, law: Law) -> jax.Array:
     zeros = jnp.minimum(count / jnp.maximum(nonzero, 1), law.allowance_most)
     # Divided in turn: the square of the first sum would overflow long before it.
     carriers = absolute / square * absolute
-    uneven = jnp.minimum(law.usual_carriers * count / carriers, law.allowance_uneven)
+    carried = jnp.minimum(carriers / (law.least_carriers * count), 1)
+    limit = 1 + (law.allowance_uneven - 1) * carried
+    uneven = jnp.minimum(law.usual_carriers * count / carriers, limit)
     # Squares that float32 cannot hold say nothing.
     uneven = jnp.where(jnp.isfinite(carriers) & (carriers >= 1), uneven, 1)
     return jnp.where(nonzero > 0, jnp.maximum(zeros, uneven), 1.0)

@@ -40,8 +40,15 @@ def test_steps_may_be_longer_where_a_few_entries_carry_the_norm():
     assert allowance(params) == pytest.approx(LAW.usual_carriers * 100 / carriers)
     assert allowance(params, usual_carriers=0.3) == 1
     assert allowance(params, allowance_uneven=1.0) == 1
-    # Beyond that they are no part of the weights, such as the gains of norms.
-    assert allowance({"gains": jnp.ones(2), "w": jnp.full(98, 0.01)}) == LAW.allowance_uneven
+    assert allowance({"a": jnp.ones(22), "b": jnp.full(78, 0.01)}) == LAW.allowance_uneven
+
+
+def test_the_fewer_carry_the_norm_the_less_they_say_of_the_others():
+    params = {"gains": jnp.ones(2), "w": jnp.full(98, 0.01)}
+    carriers = (2 + 0.98) ** 2 / (2 + 0.0098)
+    part = carriers / 100 / LAW.least_carriers
+    assert allowance(params) == pytest.approx(1 + (LAW.allowance_uneven - 1) * part)
+    assert allowance(params, least_carriers=0.01) == LAW.allowance_uneven
 
 
 def test_small_entries_are_no_more_than_zeros():
