@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from lbw_optax.law import Law
 from lbw_optax.sensing import is_inexact
 
+NO_LIMIT = jnp.finfo(jnp.float32).max
+"""Length of a step that nothing bounds."""
+
 
 class Limits(NamedTuple):
     """What holds whatever the sensors say; see `lbw_optax.guard`."""
@@ -26,8 +29,8 @@ class Controller(NamedTuple):
       latch: scale that the envelope has imposed; it follows the envelope down at once.
       earned: factor on the latch that the measured overshoot has earned; below 1 it anneals.
       trust_radius: absolute step length that has proved safe; 0 before the first step.
-      first_length: norm of the first inner step; the largest float32 before it, and 0 once a later
-        one was certainly longer, as in a warm-up.
+      first_length: norm of the first inner step; `NO_LIMIT` before it, and 0 once a later one was
+        certainly longer, as in a warm-up.
       last_length: norm of the last applied step; 0 before the first, and once a step that cannot be
         undone has been blamed.
       last_slope: slope at the start of the last applied step, in units of the loss.
@@ -51,9 +54,14 @@ class Controller(NamedTuple):
     allowance: jax.Array  # shape=(), dtype=float32
 
 
+def started_at_zero(controller: Controller) -> jax.Array:
+    """Returns how near the parameters are to a half that started at zero, as LoRA's; in [0, 1]."""
+    return jnp.minimum(controller.allowance - 1, 1)
+
+
 def init_controller(params: Any, axis_name: Any, law: Law) -> Controller:
     """Returns the controller of a run that has not begun; its very first steps are not excused."""
-    start = {"step_scale": 1, "latch": 1, "earned": 1, "first_length": jnp.finfo(jnp.float32).max}
+    start = {"step_scale": 1, "latch": 1, "earned": 1, "first_length": NO_LIMIT}
     start |= {"too_long": law.brief_steps, "allowance": _allowance(params, axis_name, law)}
     whole = ("rejections", "nonfinites", "too_long")
     return Controller(

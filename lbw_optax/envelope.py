@@ -5,16 +5,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lbw_optax.controller import Controller, Limits
+from lbw_optax.controller import NO_LIMIT, Controller, Limits, started_at_zero
 from lbw_optax.law import Law
 from lbw_optax.sensing import Telemetry
 
-_NO_LIMIT = jnp.finfo(jnp.float32).max
-"""Length of a step that nothing bounds."""
-
 
 class Envelope(NamedTuple):
-    """How long a step may be, `_NO_LIMIT` where the parameters are not given.
+    """How long a step may be, `NO_LIMIT` where the parameters are not given.
 
     Attributes:
       relative: longest healthy step for parameters of this size.
@@ -64,23 +61,23 @@ def step_bounds(
       The `Envelope`, in units of the parameters; never 0.
     """
     if not has_params:
-        unbounded = jnp.full([], _NO_LIMIT, jnp.float32)
+        unbounded = jnp.full([], NO_LIMIT, jnp.float32)
         return Envelope(unbounded, unbounded, unbounded)
     t = telemetry
-    start = (
-        law.relative_step_start * (observations.astype(jnp.float32) + 1) ** -law.relative_step_power
-    )
-    size = reach * t.parameter_norm * controller.allowance
-    first = controller.first_length / jnp.where(size > 0, size, 1)
-    zeros = jnp.clip(controller.allowance - 1, 0, 1)
-    start = jnp.minimum(start, _NO_LIMIT / 4)
-    start = jnp.maximum(jnp.minimum(start, first), zeros * start)
-    # Both may be infinite: as thresholds they are switched off.
-    share = jnp.minimum(jnp.maximum(law.relative_step, start), _NO_LIMIT / 4)
-    relative = share * reach * t.parameter_norm * controller.allowance
+
+    def length(share):
+        # An infinite share is a threshold that is switched off; no length is infinite.
+        share = jnp.minimum(share, NO_LIMIT / 4)
+        return jnp.minimum(share * reach * t.parameter_norm * controller.allowance, NO_LIMIT)
+
+    falling = (observations.astype(jnp.float32) + 1) ** -law.relative_step_power
+    start = length(law.relative_step_start * falling)
+    started = jnp.minimum(start, controller.first_length)
+    early = jnp.maximum(started, started_at_zero(controller) * start)
+    relative = jnp.maximum(length(law.relative_step), early)
     hard = limits.relative_step_limit * jnp.maximum(t.parameter_norm, jnp.sqrt(t.size))
     least = jnp.finfo(jnp.float32).tiny
-    hard = jnp.clip(hard, least, _NO_LIMIT)
+    hard = jnp.clip(hard, least, NO_LIMIT)
     healthy = jnp.maximum(relative, _trust_radius(controller, t, law))
     return Envelope(
         relative=jnp.minimum(relative, hard),
@@ -95,16 +92,16 @@ def next_first_length(controller: Controller, telemetry: Telemetry, law: Law) ->
     Adam's first step at a constant rate is a sign, the longest that it ever makes; later ones are
     means. Where they grow instead, the rate does: after a warm-up steps are means from the start.
     """
-    first, length = controller.first_length, jnp.minimum(telemetry.step_norm, _NO_LIMIT)
+    first, length = controller.first_length, jnp.minimum(telemetry.step_norm, NO_LIMIT)
     grown = length / law.stress_pressure > first
-    return jnp.where(first >= _NO_LIMIT, length, jnp.where(grown, 0, first))
+    return jnp.where(first >= NO_LIMIT, length, jnp.where(grown, 0, first))
 
 
 def _trust_radius(controller: Controller, telemetry: Telemetry, law: Law) -> jax.Array:
     """At first everything if the parameters have no size yet, else what any step may have."""
     start = jnp.where(
         telemetry.parameter_norm <= law.unset_size * jnp.sqrt(telemetry.size),
-        _NO_LIMIT,
+        NO_LIMIT,
         law.relative_step * telemetry.parameter_norm,
     )
     return jnp.where(controller.trust_radius > 0, controller.trust_radius, start)
@@ -112,7 +109,7 @@ def _trust_radius(controller: Controller, telemetry: Telemetry, law: Law) -> jax
 
 def _least_radius(telemetry: Telemetry, law: Law) -> jax.Array:
     least = law.relative_step * law.unset_size * jnp.sqrt(telemetry.size)
-    return jnp.minimum(least, _NO_LIMIT / 4)
+    return jnp.minimum(least, NO_LIMIT / 4)
 
 
 def next_trust_radius(
@@ -154,11 +151,11 @@ def next_trust_radius(
     factor = law.trust_way * descent / jnp.maximum(lost, jnp.finfo(jnp.float32).tiny)
     factor = jnp.clip(factor, 1 / law.trust_growth, jnp.where(bound, law.trust_growth, 1))
     factor = jnp.where((descent > 0) & jnp.isfinite(lost), factor, 1)
-    learned = jnp.clip(radius * factor, least, _NO_LIMIT / 4)
+    learned = jnp.clip(radius * factor, least, NO_LIMIT / 4)
     # Parameters without a size: open until a step did harm or the parameters have outgrown them.
-    wide_open = radius >= _NO_LIMIT
+    wide_open = radius >= NO_LIMIT
     outgrown = (t.step_norm > 0) & (t.step_norm <= bounds.relative)
     closed = jnp.maximum(jnp.where(harm, c.last_length / law.trust_growth, t.step_norm), least)
     new = jnp.where(wide_open, jnp.where(harm | outgrown, closed, radius), learned)
     # Without the parameters nothing bounds a step, and nothing is learned of how long it may be.
-    return jnp.where(bounds.relative < _NO_LIMIT, new, c.trust_radius)
+    return jnp.where(bounds.relative < NO_LIMIT, new, c.trust_radius)

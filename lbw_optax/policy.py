@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lbw_optax.controller import Controller, Limits
+from lbw_optax.controller import Controller, Limits, started_at_zero
 from lbw_optax.envelope import Envelope, next_first_length, next_trust_radius
 from lbw_optax.interpretation import Cause, Diagnosis, Regime
 from lbw_optax.law import Law
@@ -241,7 +241,7 @@ def _share(controller: Controller, telemetry: Telemetry, law: Law) -> jax.Array:
     # relative step falls with the square root of the width.
     sized = jnp.clip((law.share_size / telemetry.size) ** 0.25, law.share_least, 1)
     start = jnp.minimum(sized, law.allowance_share)
-    return jnp.maximum(sized, start + (1 - start) * jnp.minimum(controller.allowance - 1, 1))
+    return jnp.maximum(sized, start + (1 - start) * started_at_zero(controller))
 
 
 def _regulate(

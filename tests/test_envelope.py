@@ -10,8 +10,8 @@ import pytest
 from helpers import actions, at, exact_jit, feed, find, norm, normal, telemetry, train
 
 from lbw_optax import Action, Law, Regime, guard, statistics
-from lbw_optax.controller import Limits
-from lbw_optax.envelope import _NO_LIMIT, next_first_length, next_trust_radius, step_bounds
+from lbw_optax.controller import NO_LIMIT, Limits
+from lbw_optax.envelope import next_first_length, next_trust_radius, step_bounds
 
 LIMITS = Limits(min_scale=1e-5, relative_step_limit=1.0, max_rejections=20)
 PARAMS = {"w": normal(32, 32)}
@@ -75,7 +75,7 @@ def test_the_envelope_is_wider_where_steps_do_not_add_up():
 @pytest.mark.parametrize(
     ("first", "allowance", "share"),
     [
-        (_NO_LIMIT, 1.0, 0.03 * 2**-0.2),  # No step yet.
+        (NO_LIMIT, 1.0, 0.03 * 2**-0.2),  # No step yet.
         (1.0, 1.0, 0.03 * 2**-0.2),
         (0.2, 1.0, 0.02),
         (0.01, 1.0, 0.01),
@@ -198,10 +198,10 @@ def test_the_radius_is_open_for_parameters_without_a_size():
     """It closes after harm, or once the relative rule allows the step."""
     law = Law()
     unset = law.unset_size * 32
-    assert radius_after(0, unset) == radius_after(0, 0) == _NO_LIMIT
+    assert radius_after(0, unset) == radius_after(0, 0) == NO_LIMIT
     assert radius_after(0, unset, harm=True) == 8 / law.trust_growth
-    assert radius_after(_NO_LIMIT, 10) == _NO_LIMIT
-    assert radius_after(_NO_LIMIT, 1000) == 1
+    assert radius_after(NO_LIMIT, 10) == NO_LIMIT
+    assert radius_after(NO_LIMIT, 1000) == 1
 
 
 def test_the_radius_of_parameters_with_a_size_starts_at_the_relative_step():
