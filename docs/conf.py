@@ -1,12 +1,13 @@
 import sys
-from importlib.metadata import version as installed_version
 from pathlib import Path
+
+import lbw_optax
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "lbw_optax"
 author = "The lbw_optax developers"
-release = version = installed_version("lbw_optax")
+release = version = lbw_optax.__version__
 
 extensions = [
     "myst_parser",

@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
     """
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
     found = {name: importlib.metadata.version(name) for name in packages}
-    found["lbw_optax"] = f"{importlib.metadata.version('lbw_optax')}+{_digest(lbw_optax)}"
+    found["lbw_optax"] = f"{lbw_optax.__version__}+{_digest(lbw_optax)}"
     return found | {"experiments": _digest(experiments, _SHOWING)}
 
 

@@ -1,7 +1,5 @@
 """AdamW flown by wire: a bounded, logged controller around any optax optimizer."""
 
-from importlib.metadata import version
-
 from lbw_optax.guard import GuardState, guard
 from lbw_optax.interpretation import Cause, Regime
 from lbw_optax.law import Law
@@ -21,4 +19,4 @@ __all__ = [
     "report",
 ]
 
-__version__ = version("lbw_optax")
+__version__ = "0.1.0"

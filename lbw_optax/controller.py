@@ -102,20 +102,22 @@ def _allowance(params: Any, axis_name: Any, law: Law) -> jax.Array:
     leaves = [x for x in jax.tree.leaves(params) if is_inexact(x)]
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
         return jnp.float32(1)
-    count = jnp.float32(sum(map(jnp.size, leaves)))
-    sums = (count, *_sums(leaves))
+    # Decisions are no function to differentiate, see `sensing.measure`.
+    leaves = jax.lax.stop_gradient(leaves)
+    sums = (jnp.float32(sum(map(jnp.size, leaves))), *_sums(leaves))
     if axis_name is not None:
         with contextlib.suppress(NameError):  # Outside shard_map the arrays are whole.
             sums = jax.lax.psum(sums, axis_name)
     count, nonzero, absolute, square = sums
     zeros = jnp.minimum(count / jnp.maximum(nonzero, 1), law.allowance_most)
     # Divided in turn: the square of the first sum would overflow long before it.
-    carriers = absolute / square * absolute
+    carriers = absolute / jnp.where(square > 0, square, 1) * absolute
+    # Squares that float32 cannot hold say nothing.
+    known = jnp.isfinite(carriers) & (carriers >= 1)
+    carriers = jnp.where(known, carriers, jnp.maximum(count, 1))
     carried = jnp.minimum(carriers / (law.least_carriers * count), 1)
     limit = 1 + (law.allowance_uneven - 1) * carried
     uneven = jnp.minimum(law.usual_carriers * count / carriers, limit)
-    # Squares that float32 cannot hold say nothing.
-    uneven = jnp.where(jnp.isfinite(carriers) & (carriers >= 1), uneven, 1)
     return jnp.where(nonzero > 0, jnp.maximum(zeros, uneven), 1.0)
 
 

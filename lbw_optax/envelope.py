@@ -37,8 +37,8 @@ def step_bounds(
 
     .. math::
 
-      \sigma_t &= \rho_0 (t + 1)^{-\alpha}, \quad
-        \rho_t = \max(\rho, \min(\sigma_t, u_1 / (w \|p\| A)), \min(A - 1, 1) \, \sigma_t) \\
+      \rho^0_t &= \rho_0 (t + 1)^{-\alpha}, \quad
+        \rho_t = \max(\rho, \min(\rho^0_t, u_1 / (w \|p\| A)), \min(A - 1, 1) \, \rho^0_t) \\
       \text{healthy} &= \min(\max(\rho_t w \|p\| A, f), \text{hard}), \quad
         \text{hard} = \ell \max(\|p\|, \sqrt{n})
 

@@ -76,9 +76,9 @@ def guard(
         -(1 - k) d_{t-1}, \; k \in (0, 1) & \text{the last step did harm: undone in part}
       \end{cases}
 
-    and always :math:`\|d_t\| \le \ell \max(\|p_t\|, \sqrt{n})` with :math:`\ell` =
-    ``relative_step_limit`` and :math:`n` the number of parameters. The controller lives in the
-    optimizer state and runs inside jit.
+    and a step that is taken has :math:`\|d_t\| \le \ell \max(\|p_t\|, \sqrt{n})` with :math:`\ell`
+    = ``relative_step_limit`` and :math:`n` the number of parameters, if need be below
+    ``min_scale``. The controller lives in the optimizer state and runs inside jit.
 
     Args:
       inner: any optax transformation that ends in a step (a complete optimizer).
@@ -164,8 +164,10 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
             extra_args["value"] = value
         if loss is not None:
             extra_args["loss"] = loss
+        _check_state(state)
         step, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         _check_shapes(updates, step)
+        _check_memory(mode, step, state.last_step)
         _check_structure(state.inner_state, inner_state)
 
         # Sense.
@@ -261,15 +263,23 @@ def _one_loss(value, loss):
     for name, given in (("value", value), ("loss", loss)):
         if given is None:
             continue
-        try:
-            shape, dtype = jnp.shape(given), jnp.result_type(given)
-        except TypeError:
-            raise ValueError(f"update: {name} must be a real scalar, got {given!r}") from None
+        if not (hasattr(given, "dtype") or isinstance(given, numbers.Number)):
+            raise ValueError(f"update: {name} must be a real scalar, got {given!r}")
+        shape, dtype = jnp.shape(given), jnp.result_type(given)
         if shape != ():
             raise ValueError(f"update: {name} must be a scalar, got shape {shape}")
-        if jnp.issubdtype(dtype, jnp.complexfloating):
+        real = jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)
+        if jnp.issubdtype(dtype, jnp.complexfloating) or not real:
             raise ValueError(f"update: {name} must be real, got dtype {dtype}")
     return loss if value is None else value
+
+
+def _check_state(state):
+    if not hasattr(state, "controller"):
+        raise ValueError(
+            f"update: state must be what init made, got a {type(state).__name__}; a plain "
+            "optimizer's is adopted with tx.init(params)._replace(inner_state=state)"
+        )
 
 
 def _check_shapes(updates, step):
@@ -287,6 +297,24 @@ def _check_shapes(updates, step):
                 f"{name}, whose step has {jnp.shape(emitted)}; what reduces gradients per example, "
                 "such as differentially_private_aggregate, must stand before the guard"
             )
+
+
+def _check_memory(mode, step, last_step):
+    kept, made = jax.tree.leaves(last_step), jax.tree.leaves(step)
+    if mode == "none":
+        other = bool(kept)
+    elif mode == "step" and len(kept) == len(made):
+        pairs = zip(kept, made, strict=True)
+        other = any(sensing.is_inexact(x) and jnp.shape(x) != jnp.shape(y) for x, y in pairs)
+    else:
+        other = bool(made) and not kept
+    if other:
+        raise ValueError(f"update: state must be of memory={mode!r}, got one of another mode")
+    before, now = jax.tree.structure(last_step), jax.tree.structure(step)
+    if mode != "none" and before != now:
+        raise ValueError(
+            f"update: updates must have the structure of the params of init, got {now} for {before}"
+        )
 
 
 def _check_structure(old, new):

@@ -30,7 +30,7 @@ class Cause(enum.IntEnum):
     NONE = 0
     """Nothing is wrong; an event with this cause is a mere switch of the regime."""
     NONFINITE_GRADIENT = 1
-    """NaN, Inf or a norm beyond float32 in the gradients."""
+    """NaN or Inf in the gradients, or a norm whose square is beyond float32."""
     NONFINITE_LOSS = 2
     """NaN or Inf loss, or one beyond float32."""
     NONFINITE_STEP = 3

@@ -225,13 +225,13 @@ class Law:
     growth: float = 1.02
     """Factor per step by which the earned factor rises while steps are significantly too short,
     and falls while they overshoot by more than the progress is worth and are not productive, see
-    `gain_slopes`. Above 0.4 (1 - overshoot_decay) it outruns its own evidence."""
+    `gain_slopes`. More than 0.4 (1 - overshoot_decay) from 1 it outruns its own evidence."""
     earn_straight: float = 0.25
     """Steps are too short while the mean slope at their end is more than this share of the slope
     at their start."""
     earned_most: float = 2.0
     """Upper limit of the earned factor. From .7 of the healthy length training from scratch ends
-    .03 to .08 nats worse at 1, and up to .016 at 4; from nearly all of it .02 worse at 1."""
+    .03 to .08 nats worse at 1; from nearly all of it .02 worse at 1, up to .016 better at 4."""
     earned_least: float = 0.1
     """Lower limit of the earned factor."""
     mixing_steps: float = 30.0

@@ -1,9 +1,10 @@
 """Ledger: what the guard did, in counters and in a ring of events, all of it in the state."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lbw_optax.interpretation import Cause
 from lbw_optax.policy import Action, Command
@@ -87,6 +88,11 @@ def init_ledger(log_size: int) -> Ledger:
     )
 
 
+def _count(n: jax.Array, happened: Any) -> jax.Array:
+    """One more where it happened; at the end of int32 it stays there."""
+    return jnp.where(happened, optax.safe_increment(n), n)
+
+
 def record(
     ledger: Ledger,
     command: Command,
@@ -120,14 +126,16 @@ def record(
     )
     ring = jax.tree.map(lambda r, x: r.at[at].set(x, mode="drop"), ledger.ring, event)
     return Ledger(
-        steps=ledger.steps + 1,
-        control_active_steps=ledger.control_active_steps + jnp.int32(active),
-        regime_switches=ledger.regime_switches + jnp.int32(switched),
-        nonfinite_steps=ledger.nonfinite_steps + jnp.int32(nonfinite),
-        recorded=ledger.recorded + jnp.int32(is_event),
+        steps=_count(ledger.steps, True),
+        control_active_steps=_count(ledger.control_active_steps, active),
+        regime_switches=_count(ledger.regime_switches, switched),
+        nonfinite_steps=_count(ledger.nonfinite_steps, nonfinite),
+        recorded=_count(ledger.recorded, is_event),
         min_scale_seen=jnp.minimum(ledger.min_scale_seen, command.scale),
         control_energy=ledger.control_energy + jnp.log(command.scale) ** 2,
-        cause_counts=ledger.cause_counts.at[command.cause].add(jnp.int32(is_event)),
-        action_counts=ledger.action_counts.at[command.action].add(1),
+        cause_counts=_count(
+            ledger.cause_counts, is_event & (command.cause == jnp.arange(len(Cause)))
+        ),
+        action_counts=_count(ledger.action_counts, command.action == jnp.arange(len(Action))),
         ring=ring,
     )

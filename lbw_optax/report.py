@@ -49,14 +49,14 @@ class Report:
       regime_switches: steps that changed the regime.
       control_energy: sum over all steps of log(scale)^2.
       backtracks: steps that took back a part of the last one.
-      held_steps: steps not taken.
+      held_steps: steps that were held; those undone in part are ``backtracks``.
       nonfinite_steps: steps with a non-finite loss, gradient or inner step.
       exhausted_steps: steps taken at the lowest scale after too many rejected ones.
       causes: events per :class:`lbw_optax.Cause`, those that occurred.
       actions: steps per :class:`lbw_optax.Action`.
       events_recorded: events so far.
       events_dropped: events that the log no longer holds.
-      sensors_off: sensors without input.
+      sensors_off: sensors without input in the last update.
     """
 
     steps: int

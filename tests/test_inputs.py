@@ -71,6 +71,33 @@ def test_derivatives_go_through_an_idle_guard(inner, memory):
     assert jnp.isfinite(stressed)
 
 
+@pytest.mark.parametrize("start", [[0.0, 0.0, 0.0], [1.0, 1e-3, 0.0]])
+def test_decisions_are_constants_to_derivatives(start):
+    """What `init` learned of the start decides how long a step may be; it made a NaN of them."""
+    tx = guard(optax.sgd(10.0))
+
+    def step(params, state):
+        loss, grads = jax.value_and_grad(lambda p: jnp.sum((p - 3) ** 2))(params)
+        updates, state = tx.update(grads, state, params, value=loss)
+        return jnp.sum(updates), state
+
+    start = jnp.array(start)
+    state = tx.init(start)
+    assert report(step(start, state)[1]).actions["SCALE"] == 1
+    through_init = jax.grad(lambda p: step(p, tx.init(p))[0])(start)
+    chex.assert_trees_all_equal(through_init, jax.grad(lambda p: step(p, state)[0])(start))
+    assert is_finite(through_init)
+
+
+@pytest.mark.parametrize("memory", ["none", "sparse", "step"])
+@pytest.mark.parametrize("params", [{"w": jnp.zeros(3)}, {"w": jnp.zeros(0)}, {}])
+def test_a_start_at_zero_makes_no_nan(memory, params):
+    tx = guard(optax.adamw(1e-3), memory=memory)
+    with jax.debug_nans(True):
+        updates, _ = tx.update(params, tx.init(params), params, value=1.0)
+    assert is_finite(updates)
+
+
 @pytest.mark.parametrize("memory", ["none", "sparse", "step"])
 def test_parameters_in_eight_bits_may_be_frozen(memory):
     params = {"w": jnp.ones((4, 4)), "frozen": jnp.ones((4, 4), jnp.float8_e4m3fn)}

@@ -162,6 +162,15 @@ def test_event_holds_plain_python_values():
     assert {type(x) for x in vars(event).values()} == {int, str, float}
 
 
+def test_counters_stay_at_the_end_of_their_range():
+    tx, params = guard(optax.sgd(0.1)), jnp.ones(2)
+    state = tx.init(params)
+    last = 2**31 - 1
+    counted = state.ledger._replace(steps=jnp.int32(last), recorded=jnp.int32(last))
+    _, state = tx.update(jnp.full(2, jnp.nan), state._replace(ledger=counted), params)
+    assert report(state).steps == report(state).events_recorded == last
+
+
 def test_two_guards_are_read_one_by_one():
     tx = optax.partition({"a": inner(), "b": inner()}, {"w": "a", "b": "b"})
     state = one_step(tx, {"w": NAN["w"], "b": PARAMS["b"]}, value=jnp.ones([]))

@@ -138,8 +138,12 @@ def test_bad_loss_is_refused(memory, jit):
         update(params, state, params, loss=jnp.ones((1, 1)))
     with pytest.raises(ValueError, match=r"value must be real.*complex64"):
         update(params, state, params, value=jnp.complex64(1))
+    with pytest.raises(ValueError, match=r"value must be real.*key"):
+        update(params, state, params, value=jax.random.key(0))
     with pytest.raises(ValueError, match=r"value must be a real scalar, got 'low'"):
         tx.update(params, state, params, value="low")
+    with pytest.raises(ValueError, match=r"value must be a real scalar, got \(Array\(1"):
+        tx.update(params, state, params, value=(jnp.float32(1), {"accuracy": 1}))
 
 
 @pytest.mark.parametrize("memory", ["none", "sparse", "step"])
@@ -164,6 +168,25 @@ def test_inner_state_of_another_structure_is_refused():
     loaded = state._replace(inner_state=list(state.inner_state))
     with pytest.raises(ValueError, match="state must keep its structure"):
         tx.update(params, loaded, params)
+
+
+@pytest.mark.parametrize("memory", ["none", "sparse", "step"])
+def test_state_of_something_else_is_refused(memory):
+    tx, params = guard(optax.sgd(0.1), memory=memory), jnp.ones((64, 64))
+    with pytest.raises(ValueError, match=r"got a tuple;.*_replace\(inner_state=state\)"):
+        tx.update(params, optax.sgd(0.1).init(params), params)
+    others = {"none": ["sparse", "step"], "sparse": ["none"], "step": ["none", "sparse"]}
+    for other in others[memory]:
+        state = guard(optax.sgd(0.1), memory=other).init(params)
+        with pytest.raises(ValueError, match=f"memory='{memory}', got one of another mode"):
+            tx.update(params, state, params)
+
+
+@pytest.mark.parametrize("memory", ["sparse", "step"])
+def test_a_missing_gradient_is_refused(memory):
+    tx, params = guard(optax.sgd(0.1), memory=memory), {"w": jnp.ones(3), "x": jnp.ones(2)}
+    with pytest.raises(ValueError, match="updates must have the structure of the params"):
+        tx.update({"w": jnp.ones(3), "x": None}, tx.init(params), params)
 
 
 def test_an_axis_that_is_not_there_is_named():
