@@ -263,7 +263,7 @@ def _one_loss(value, loss):
     for name, given in (("value", value), ("loss", loss)):
         if given is None:
             continue
-        if not (hasattr(given, "dtype") or isinstance(given, numbers.Number)):
+        if not (hasattr(given, "dtype") or isinstance(given, (int, float, complex))):
             raise ValueError(f"update: {name} must be a real scalar, got {given!r}")
         shape, dtype = jnp.shape(given), jnp.result_type(given)
         if shape != ():
