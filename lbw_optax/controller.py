@@ -110,7 +110,8 @@ def _allowance(params: Any, axis_name: Any, law: Law) -> jax.Array:
             sums = jax.lax.psum(sums, axis_name)
     count, nonzero, absolute, square = sums
     zeros = jnp.minimum(count / jnp.maximum(nonzero, 1), law.allowance_most)
-    # Divided in turn: the square of the first sum would overflow long before it.
+    # Divided in turn: the square of the first sum would overflow long before it. And never 0 by 0,
+    # where `jax_debug_nans` would stop.
     carriers = absolute / jnp.where(square > 0, square, 1) * absolute
     # Squares that float32 cannot hold say nothing.
     known = jnp.isfinite(carriers) & (carriers >= 1)

@@ -268,8 +268,7 @@ def _one_loss(value, loss):
         shape, dtype = jnp.shape(given), jnp.result_type(given)
         if shape != ():
             raise ValueError(f"update: {name} must be a scalar, got shape {shape}")
-        real = jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)
-        if jnp.issubdtype(dtype, jnp.complexfloating) or not real:
+        if not any(jnp.issubdtype(dtype, x) for x in (jnp.floating, jnp.integer, jnp.bool_)):
             raise ValueError(f"update: {name} must be real, got dtype {dtype}")
     return loss if value is None else value
 
@@ -300,15 +299,7 @@ def _check_shapes(updates, step):
 
 
 def _check_memory(mode, step, last_step):
-    kept, made = jax.tree.leaves(last_step), jax.tree.leaves(step)
-    if mode == "none":
-        other = bool(kept)
-    elif mode == "step" and len(kept) == len(made):
-        pairs = zip(kept, made, strict=True)
-        other = any(sensing.is_inexact(x) and jnp.shape(x) != jnp.shape(y) for x, y in pairs)
-    else:
-        other = bool(made) and not kept
-    if other:
+    if not memory.fits(mode, last_step, step):
         raise ValueError(f"update: state must be of memory={mode!r}, got one of another mode")
     before, now = jax.tree.structure(last_step), jax.tree.structure(step)
     if mode != "none" and before != now:

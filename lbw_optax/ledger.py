@@ -1,6 +1,6 @@
 """Ledger: what the guard did, in counters and in a ring of events, all of it in the state."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,7 @@ def init_ledger(log_size: int) -> Ledger:
     )
 
 
-def _count(n: jax.Array, happened: Any) -> jax.Array:
+def _count(n: jax.Array, happened: jax.Array | bool) -> jax.Array:
     """One more where it happened; at the end of int32 it stays there."""
     return jnp.where(happened, optax.safe_increment(n), n)
 

@@ -62,6 +62,17 @@ def allocate(mode: str, params: Any) -> Any:
     return jax.tree.map(_sample, zeros) if mode == "sparse" else zeros
 
 
+def fits(mode: str, kept: Any, step: Any) -> bool:
+    """Returns whether `kept` can be what `allocate` made in this mode, for steps like this one."""
+    remembered, made = jax.tree.leaves(kept), jax.tree.leaves(step)
+    if mode == "none" or not made:
+        return not remembered
+    if mode == "step" and len(remembered) == len(made):
+        pairs = zip(remembered, made, strict=True)
+        return all(jnp.shape(k) == jnp.shape(x) for k, x in pairs if is_inexact(k))
+    return bool(remembered)
+
+
 def pick(tree: Any, kept: Any) -> Any:
     """Picks from a tree like the parameters the entries that the memory keeps.
 
