@@ -88,6 +88,9 @@ def diagnose(
     says nothing about the last step and has larger gradients than usual, while after a harmful step
     either the overshoot is positive or the gradients have died away.
 
+    At the edge of stability every other step overshoots, and the next one comes back: only the loss
+    says there whether one did harm.
+
     A step that did harm is undone, whatever else its successor shows. Where it cannot be undone, a
     spiking gradient comes first: that one can still be held.
 
@@ -117,7 +120,7 @@ def diagnose(
         (Cause.NONFINITE_STEP, ~t.step_finite, 0.0),
     ]
     harm = [
-        (Cause.OVERSHOOT, overshot > 1, overshot),
+        (Cause.OVERSHOOT, (overshot > 1) & ~s.edge, overshot),
         (Cause.COLLAPSE, collapse, jump),
         (Cause.LOSS_JUMP, (jump > 1) & blamed, jump),
     ]
@@ -126,9 +129,10 @@ def diagnose(
     found = [flag for _, flag, _ in table]
     alarm = jnp.select(found, [jnp.int32(c) for c, _, _ in table], jnp.int32(Cause.NONE))
     size = jnp.select(found, [jnp.asarray(x, jnp.float32) for _, _, x in table], pressure)
-    # A healthy run overshoots as well, where some directions are done; it gains in the others.
+    # A healthy run overshoots as well: where some directions are done, while it gains in the
+    # others, and where the curvature has grown until it just holds the steps.
     certain = s.overshoot - s.overshoot_error
-    bounce = (certain > law.stress_noise * s.reach**2 * noise) & ~s.gaining
+    bounce = (certain > law.stress_noise * s.reach**2 * noise) & ~s.gaining & ~s.edge
     # One hard batch makes one long step: only a far too long one is suspected at once.
     long = pressure > law.stress_pressure
     pressed = (pressure > law.brief_pressure) | (long & (too_long >= law.brief_steps))

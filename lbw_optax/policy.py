@@ -68,7 +68,7 @@ def decide(
       \ell_t &= \min(1, \mathrm{clip}(\ell_{t-1}, \lambda r_t, r_t)) \\
       h_t &= h_{t-1} \cdot \begin{cases}
         \gamma & q + 2 e_q < 0 \text{ and } -q s > \beta \bar a \\
-        1 / \gamma & (q - e_q) s^2 > \theta \text{ and not productive} \\
+        1 / \gamma & (q - e_q) s^2 > \theta \text{, neither productive nor at the edge} \\
         1 & \text{otherwise} \end{cases}, \quad
         \ell_t h_t \le r_t \\
       s_t &= \max(s_0, \min(1, \ell_t h_t, G s_{t-1}, \text{hard}_t / \|u_t\|))
@@ -80,7 +80,8 @@ def decide(
     controller's ``allowance``, :math:`\lambda` = ``law.slack``, :math:`\gamma` = ``law.growth``,
     :math:`\beta` = ``law.earn_straight``, :math:`G` = ``law.rise_limit`` and :math:`s_0` =
     ``limits.min_scale``. The latch holds the scale, not the step: the inner optimizer's own
-    shortening of its steps survives. What is productive stands in `Signals`.
+    shortening of its steps survives. What is productive and where the edge of stability is
+    stands in `Signals`.
 
     Args:
       controller: the policy's memory.
@@ -260,7 +261,8 @@ def _regulate(
     straight = -s.overshoot * c.step_scale > law.earn_straight * s.slope
     too_short = straight & (s.overshoot + 2 * s.overshoot_error < 0)
     costly = (s.overshoot - s.overshoot_error) * c.step_scale**2 > s.bearable
-    rate = jnp.where(too_short, law.growth, jnp.where(costly & ~s.productive, 1 / law.growth, 1))
+    excused = s.productive | s.scaled_edge
+    rate = jnp.where(too_short, law.growth, jnp.where(costly & ~excused, 1 / law.growth, 1))
     # No step under stress is longer than the latch alone may make it, whatever has been earned.
     most = jnp.minimum(law.earned_most, room / jnp.where(latch > 0, latch, 1))
     earned = jnp.clip(rate * c.earned, law.earned_least, most)

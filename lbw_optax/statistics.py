@@ -88,6 +88,8 @@ class Signals(NamedTuple):
       faded: whether the gradient norm is far below its running mean.
       overshoot: mean of overshoot / scale^2.
       overshoot_error: standard error of that mean.
+      edge: whether whole steps are at the edge of stability, where overshoots do no harm.
+      scaled_edge: whether steps at the scale in force are.
     """
 
     noise: jax.Array  # shape=(), dtype=float32
@@ -102,6 +104,8 @@ class Signals(NamedTuple):
     faded: jax.Array  # shape=(), dtype=bool
     overshoot: jax.Array  # shape=(), dtype=float32
     overshoot_error: jax.Array  # shape=(), dtype=float32
+    edge: jax.Array  # shape=(), dtype=bool
+    scaled_edge: jax.Array  # shape=(), dtype=bool
 
 
 def compare(
@@ -116,15 +120,17 @@ def compare(
       \text{gaining} &: \bar L_\text{slow} - \bar L_\text{fast} > \zeta \sigma, \quad
         \text{productive} : \text{gaining and }
         \bar L_\text{slow} - \bar L_\text{fast} > \xi s \bar a / w^2 \\
-      e_q &= \sqrt{(\overline{q^2} - \bar q^2) (1 - \delta) / (1 + \delta)}
+      e_q &= \sqrt{(\overline{q^2} - \bar q^2) (1 - \delta) / (1 + \delta)} \\
+      \text{edge}(s) &: \bar q s > \psi \bar a \text{ and } (\bar q - e_q) s^2 < \omega w^2 \sigma
 
     with :math:`\sigma` the noise, :math:`\sigma_L` the standard deviation of the loss, :math:`\nu`
     = ``law.noise_floor``, at first ``law.noise_floor_start``, :math:`\bar L` the means of the loss,
     :math:`\theta` what is bearable, :math:`w` the reach, :math:`T` = ``law.mixing_steps``,
     :math:`\epsilon` = ``law.bearable_least``, :math:`\zeta` = ``law.gain_noise``, :math:`\xi` =
     ``law.gain_slopes``, :math:`s` = ``last_scale``, :math:`\bar a` the mean slope per loss,
-    :math:`\bar q` and :math:`e_q` the mean overshoot per squared scale and its standard error, and
-    :math:`\delta` = ``law.overshoot_decay``.
+    :math:`\bar q` and :math:`e_q` the mean overshoot per squared scale and its standard error,
+    :math:`\delta` = ``law.overshoot_decay``, :math:`\psi` = ``law.edge_share`` and :math:`\omega` =
+    ``law.edge_noise``.
 
     Args:
       statistics: the run so far.
@@ -135,11 +141,20 @@ def compare(
 
     Returns:
       The signals on which interpretation and policy act.
+
+    References:
+      Cohen et al., `Gradient Descent on Neural Networks Typically Occurs at the Edge of Stability
+      <https://arxiv.org/abs/2103.00065>`_, 2021
     """
     s, t = statistics, telemetry
     n = s.observations
     slope = _debias(s.slope_mean, law.overshoot_decay, s.slopes)
     reach = _reach(s.persistence, law)
+    overshoot = _debias(s.overshoot_mean, law.overshoot_decay, s.overshoots)
+    square = _debias(s.overshoot_square, law.overshoot_decay, s.overshoots)
+    # Standard error of an exponential mean: its weights' squares add up to (1 - b) / (1 + b).
+    share = (1 - law.overshoot_decay) / (1 + law.overshoot_decay)
+    error = jnp.sqrt(jnp.maximum(square - overshoot**2, 0) * share)
     if has_loss:
         early = s.losses < law.noise_warmup
         floor = jnp.where(early, law.noise_floor_start, law.noise_floor) * jnp.abs(s.loss_mean)
@@ -154,18 +169,18 @@ def compare(
         productive = gaining & (gain * reach**2 / law.gain_slopes > promise)
         gained = s.loss_past - s.loss_mean
         bearable = jnp.maximum(gained / law.mixing_steps, law.bearable_least * noise)
+        most = law.edge_noise * reach**2 * noise
+        edge, scaled_edge = (
+            (overshoot * scale > law.edge_share * slope) & ((overshoot - error) * scale**2 < most)
+            for scale in (1, last_scale)
+        )
     else:
         noise = law.blind_noise * last_scale * slope
         innovation = jnp.zeros([], jnp.float32)
         bearable = law.bearable_blind * noise
-        gaining = productive = jnp.zeros([], bool)
+        gaining = productive = edge = scaled_edge = jnp.zeros([], bool)
     ratio = t.gradient_norm / jnp.where(s.gradient_mean > 0, s.gradient_mean, jnp.inf)
     warmup = jnp.maximum(law.gradient_warmup / jnp.maximum(n, 1).astype(jnp.float32), 1)
-    overshoot = _debias(s.overshoot_mean, law.overshoot_decay, s.overshoots)
-    square = _debias(s.overshoot_square, law.overshoot_decay, s.overshoots)
-    # Standard error of an exponential mean: its weights' squares add up to (1 - b) / (1 + b).
-    share = (1 - law.overshoot_decay) / (1 + law.overshoot_decay)
-    error = jnp.sqrt(jnp.maximum(square - overshoot**2, 0) * share)
     return Signals(
         noise=noise,
         innovation=innovation,
@@ -180,6 +195,8 @@ def compare(
         faded=(ratio * law.collapse_ratio * warmup < 1) & (ratio > 0),
         overshoot=overshoot,
         overshoot_error=error,
+        edge=edge,
+        scaled_edge=scaled_edge,
     )
 
 

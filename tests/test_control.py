@@ -255,6 +255,27 @@ def test_at_the_tuned_rate_the_guard_costs_next_to_nothing(tuned):
     assert final(losses) < 1.1 * tuned
 
 
+def sine_batches(steps, batch=32):
+    k_x, k_noise = jax.random.split(jax.random.key(7))
+    x = jax.random.uniform(k_x, (steps, batch, 1), minval=-3.0, maxval=3.0)
+    return x, jnp.sin(3 * x) + 0.1 * jax.random.normal(k_noise, x.shape)
+
+
+@pytest.mark.parametrize(
+    "inner", [optax.adam(3e-3), optax.sgd(1e-2, momentum=0.9)], ids=["adam", "momentum"]
+)
+def test_along_the_edge_of_stability_a_run_is_left_alone(inner):
+    """With little noise steps go from side to side of a valley, and overshoot by more than it."""
+    steps, keys = 1000, jax.random.split(jax.random.key(0), 3)
+    params = {f"b{i}": jnp.zeros((1, 64)) for i in (1, 2)}
+    shapes = {"w1": (1, 64), "w2": (64, 64), "w3": (64, 1)}
+    for key, (name, shape) in zip(keys, shapes.items(), strict=True):
+        params[name] = jax.random.normal(key, shape) / np.sqrt(shape[0])
+    plain = train(inner, mlp_loss, params, steps, sine_batches(steps))[2]
+    losses = train(guard(inner), mlp_loss, params, steps, sine_batches(steps))[2]
+    assert final(losses) < 1.25 * final(plain)
+
+
 RARE = 0.01
 
 

@@ -54,6 +54,15 @@ def test_every_alarm_has_its_sign():
     assert alarm(spike=1.99, spike_allowed=2.0) == Cause.NONE
 
 
+def test_at_the_edge_of_stability_the_loss_alone_says_what_did_harm():
+    overshoot = 100 * LAW.backtrack_noise
+    assert alarm(overshoot=overshoot, edge=True) == Cause.NONE
+    assert alarm(overshoot=overshoot, scaled_edge=True) == Cause.OVERSHOOT
+    jump = {"innovation": 1.01 * LAW.jump_noise, "edge": True}
+    assert alarm(**jump, overshoot=overshoot) == Cause.LOSS_JUMP
+    assert alarm(**jump, faded=True) == Cause.COLLAPSE
+
+
 def test_without_a_last_step_there_is_no_harm():
     jump = {"innovation": 1.01 * LAW.jump_noise, "moved": False}
     assert alarm(**jump, faded=True) == Cause.NONE
@@ -102,6 +111,10 @@ def test_suspicion_and_calm():
     mean = signals(overshoot=1.01 * LAW.stress_noise)
     found = judged(mean)
     assert found.suspicion
+    assert not found.calm
+    # The edge of stability begins no stress, and ends none.
+    found = judged(signals(overshoot=1.01 * LAW.stress_noise, edge=True))
+    assert not found.suspicion
     assert not found.calm
     # Between the two, what would overshoot without the guard is not let go.
     mean = signals(overshoot=1.01 * float(signals().bearable))

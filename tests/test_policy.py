@@ -68,6 +68,11 @@ def test_nothing_is_annealed_while_the_steps_are_productive():
     assert earned(0.5, **COSTLY, gaining=True) == pytest.approx(1 / LAW.growth)
 
 
+def test_nothing_is_annealed_at_the_edge_of_stability_of_the_scale_in_force():
+    assert earned(0.5, **COSTLY, scaled_edge=True) == 1
+    assert earned(0.5, **COSTLY, edge=True) == pytest.approx(1 / LAW.growth)
+
+
 def test_steps_that_end_on_a_slope_are_earned_back_up_to_the_latch_alone():
     assert earned(0.5, **STRAIGHT) == pytest.approx(LAW.growth)
     assert earned(0.5, **STRAIGHT, productive=True) == pytest.approx(LAW.growth)

@@ -305,6 +305,51 @@ def test_steps_that_promise_little_are_productive_only_where_the_loss_falls_for_
         assert found.gaining == found.productive == (share > 1)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+@pytest.mark.parametrize(
+    ("share", "noise", "edge"),
+    [(1.01, 0.99, True), (0.99, 0.99, False), (1.01, 1.01, False)],
+)
+def test_the_edge_is_where_overshoots_are_the_curvatures_and_not_beyond_the_noise(
+    scale, share, noise, edge
+):
+    """Large beside the slope and small beside the noise, each of steps at the scale in force."""
+    law = Law()
+    overshoot = noise * law.edge_noise / scale**2  # The noise is 1.
+    run = init_statistics()._replace(
+        losses=LATER,
+        overshoots=LATER,
+        slopes=LATER,
+        loss_variance=jnp.float32(1),
+        overshoot_mean=jnp.float32(overshoot),
+        overshoot_square=jnp.float32(overshoot**2),
+        slope_mean=jnp.float32(overshoot * scale / (share * law.edge_share)),
+    )
+    found = compare(run, telemetry(), jnp.float32(scale), True, law)
+    assert found.scaled_edge == edge
+    assert found.edge == (edge and scale == 1)
+    blind = compare(run, telemetry(), jnp.float32(scale), False, law)
+    assert not blind.edge
+    assert not blind.scaled_edge
+
+
+def test_the_noise_that_the_edge_may_reach_grows_with_the_squared_reach():
+    law = Law()
+    beyond = 2 * law.edge_noise
+    run = init_statistics()._replace(
+        losses=LATER,
+        overshoots=LATER,
+        slopes=LATER,
+        loss_variance=jnp.float32(1),
+        overshoot_mean=jnp.float32(beyond),
+        overshoot_square=jnp.float32(beyond**2),
+        slope_mean=jnp.float32(beyond),
+    )
+    for persistence, edge in ((law.persistence, False), (0.0, True)):
+        run = run._replace(persistence=jnp.float32(persistence))
+        assert compare(run, telemetry(), jnp.float32(1), True, law).edge == edge
+
+
 def test_an_overshoot_counts_at_the_scale_of_the_step_that_made_it():
     tx = guard(with_gain(optax.sgd(1.0)))
     stream = {"grads": jnp.full((2, 4), 1e-3), "value": jnp.ones(2), "gain": jnp.array([1.0, 1e3])}
