@@ -121,7 +121,7 @@ def compare(
         \text{productive} : \text{gaining and }
         \bar L_\text{slow} - \bar L_\text{fast} > \xi s \bar a / w^2 \\
       e_q &= \sqrt{(\overline{q^2} - \bar q^2) (1 - \delta) / (1 + \delta)} \\
-      \text{edge}(s) &: \bar q s > \psi \bar a \text{ and } (\bar q - e_q) s^2 < \omega w^2 \sigma
+      \text{edge}(s) &: \bar q s > \psi \bar a \text{ and } (\bar q - e_q) s^2 < \omega \sigma
 
     with :math:`\sigma` the noise, :math:`\sigma_L` the standard deviation of the loss, :math:`\nu`
     = ``law.noise_floor``, at first ``law.noise_floor_start``, :math:`\bar L` the means of the loss,
@@ -169,9 +169,9 @@ def compare(
         productive = gaining & (gain * reach**2 / law.gain_slopes > promise)
         gained = s.loss_past - s.loss_mean
         bearable = jnp.maximum(gained / law.mixing_steps, law.bearable_least * noise)
-        most = law.edge_noise * reach**2 * noise
         edge, scaled_edge = (
-            (overshoot * scale > law.edge_share * slope) & ((overshoot - error) * scale**2 < most)
+            (overshoot * scale > law.edge_share * slope)
+            & ((overshoot - error) * scale**2 < law.edge_noise * noise)
             for scale in (1, last_scale)
         )
     else:

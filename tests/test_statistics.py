@@ -333,23 +333,6 @@ def test_the_edge_is_where_overshoots_are_the_curvatures_and_not_beyond_the_nois
     assert not blind.scaled_edge
 
 
-def test_the_noise_that_the_edge_may_reach_grows_with_the_squared_reach():
-    law = Law()
-    beyond = 2 * law.edge_noise
-    run = init_statistics()._replace(
-        losses=LATER,
-        overshoots=LATER,
-        slopes=LATER,
-        loss_variance=jnp.float32(1),
-        overshoot_mean=jnp.float32(beyond),
-        overshoot_square=jnp.float32(beyond**2),
-        slope_mean=jnp.float32(beyond),
-    )
-    for persistence, edge in ((law.persistence, False), (0.0, True)):
-        run = run._replace(persistence=jnp.float32(persistence))
-        assert compare(run, telemetry(), jnp.float32(1), True, law).edge == edge
-
-
 def test_an_overshoot_counts_at_the_scale_of_the_step_that_made_it():
     tx = guard(with_gain(optax.sgd(1.0)))
     stream = {"grads": jnp.full((2, 4), 1e-3), "value": jnp.ones(2), "gain": jnp.array([1.0, 1e3])}

@@ -52,6 +52,7 @@ SWITCHED_OFF: dict[str, dict[str, float]] = {
     "no suspicion from overshoot": {"stress_noise": OFF},
     "suspicion and annealing whether or not the run gains": {"gain_noise": OFF},
     "annealing whether or not steps are productive": {"gain_slopes": OFF},
+    "no edge of stability": {"edge_noise": 1e-9},
     "no gradient spike test, so no hold of finite gradients": {"spike_ratio": OFF},
     "no jump and no collapse test": {"jump_noise": OFF},
     "no backtrack for overshoot": {"backtrack_noise": OFF},
