@@ -151,10 +151,10 @@ class Law:
     """Decay of the mean and variance of the overshoot."""
     edge_share: float = 0.3
     """Mean overshoot, as a share of the mean slope, from which on it is the curvature's and not the
-    noise's: the edge of stability. At its best learning rate it is .3 to .9 in small networks on
-    data without much noise, and at most .05 in decoders, .16 at three times that rate. At .2 a
-    noisy sine with SGD and momentum ended at ten times its best rate twice as high as at .3, at .4
-    the same sine with Adam a third higher at a third of its best rate."""
+    noise's: the edge of stability. Beyond its error it is .3 to .7 in small networks on data
+    without much noise at their best learning rate, and in decoders at most .05, and .14 at ten
+    times that rate. At .2 a noisy sine with SGD and momentum ended at ten times its best rate twice
+    as high as at .3, at .4 the same sine with Adam a third higher at a third of its best rate."""
     edge_noise: float = 1.0
     """Mean overshoot, in standard deviations of the loss, above which the edge is no excuse: what
     steps gain there is lost again in going from side to side. Where steps that do not add up might
