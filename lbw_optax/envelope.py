@@ -40,11 +40,11 @@ def step_bounds(
       \rho^0_t &= \rho_0 (t + 1)^{-\alpha}, \quad
         \rho_t = \max(\rho, \min(\rho^0_t, u_1 / (w \|p\| A)), \min(A - 1, 1) \, \rho^0_t) \\
       \text{healthy} &= \min(\max(\rho_t w \|p\| A, f), \text{hard}), \quad
-        \text{hard} = \ell \max(\|p\|, \sqrt{n})
+        \text{hard} = R \max(\|p\|, \sqrt{n})
 
     with :math:`\rho` = ``law.relative_step``, :math:`\rho_0` = ``law.relative_step_start``,
     :math:`\alpha` = ``law.relative_step_power``, :math:`w` = ``reach``, :math:`f` the trust radius,
-    :math:`\ell` = ``limits.relative_step_limit``, :math:`n` the number of parameters, :math:`A` the
+    :math:`R` = ``limits.relative_step_limit``, :math:`n` the number of parameters, :math:`A` the
     controller's ``allowance`` for those that started at zero or far smaller than the others, and
     :math:`u_1` its ``first_length``: the long steps of the start are for runs that start with one.
 

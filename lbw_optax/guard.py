@@ -76,7 +76,7 @@ def guard(
         -(1 - k) d_{t-1}, \; k \in (0, 1) & \text{the last step did harm: undone in part}
       \end{cases}
 
-    and a step that is taken has :math:`\|d_t\| \le \ell \max(\|p_t\|, \sqrt{n})` with :math:`\ell`
+    and a step that is taken has :math:`\|d_t\| \le R \max(\|p_t\|, \sqrt{n})` with :math:`R`
     = ``relative_step_limit`` and :math:`n` the number of parameters, if need be below
     ``min_scale``. The controller lives in the optimizer state and runs inside jit.
 

@@ -19,13 +19,17 @@ class Regime(enum.IntEnum):
     STRESS = 1
     """Steps are, or were lately, longer than is healthy: the control law sets the scale."""
     SPIKE = 2
-    """This observation is bad: it is held back or the last step is undone."""
+    """This observation is bad: it is held, or the last step is undone, or blamed."""
     RECOVERY = 3
     """The alarm or the stress is over: the scale returns to 1 before the run counts as stable."""
 
 
 class Cause(enum.IntEnum):
-    """Why the guard acted; the strongest cause of a step comes first."""
+    """Why the guard acted; of several causes the first counts.
+
+    But a spiking gradient comes before harm where the last step cannot be undone, and EXHAUSTED
+    replaces every other.
+    """
 
     NONE = 0
     """Nothing is wrong; an event with this cause is a mere switch of the regime."""

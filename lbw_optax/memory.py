@@ -7,8 +7,9 @@
 | `"step"` | as much as the parameters | overshoot is exact, the last step can be undone |
 
 That is what is kept between steps. Within a step every mode needs room for the inner optimizer's
-step and its new state beside the old one, until the guard has decided: for AdamW up to three times
-the parameters, less where the compiler can fuse them away (`python -m experiments memory`).
+step and its new state beside the old one, until the guard has decided: for AdamW one to one and a
+half copies of the parameters compiled for an H100, five on a CPU (`python -m experiments overhead`,
+`memory`).
 """
 
 from typing import Any

@@ -120,15 +120,15 @@ def compare(
       \text{gaining} &: \bar L_\text{slow} - \bar L_\text{fast} > \zeta \sigma, \quad
         \text{productive} : \text{gaining and }
         \bar L_\text{slow} - \bar L_\text{fast} > \xi s \bar a / w^2 \\
-      e_q &= \sqrt{(\overline{q^2} - \bar q^2) (1 - \delta) / (1 + \delta)} \\
-      \text{edge}(s) &: \bar q s > \psi \bar a \text{ and } (\bar q - e_q) s^2 < \omega \sigma
+      e_q &= \sqrt{(\overline{(c / s^2)^2} - q^2) (1 - \delta) / (1 + \delta)} \\
+      \text{edge}(s) &: q s > \psi \bar a \text{ and } (q - e_q) s^2 < \omega \sigma
 
     with :math:`\sigma` the noise, :math:`\sigma_L` the standard deviation of the loss, :math:`\nu`
     = ``law.noise_floor``, at first ``law.noise_floor_start``, :math:`\bar L` the means of the loss,
     :math:`\theta` what is bearable, :math:`w` the reach, :math:`T` = ``law.mixing_steps``,
     :math:`\epsilon` = ``law.bearable_least``, :math:`\zeta` = ``law.gain_noise``, :math:`\xi` =
     ``law.gain_slopes``, :math:`s` = ``last_scale``, :math:`\bar a` the mean slope per loss,
-    :math:`\bar q` and :math:`e_q` the mean overshoot per squared scale and its standard error,
+    :math:`q` and :math:`e_q` the mean overshoot per squared scale and its standard error,
     :math:`\delta` = ``law.overshoot_decay``, :math:`\psi` = ``law.edge_share`` and :math:`\omega` =
     ``law.edge_noise``.
 
