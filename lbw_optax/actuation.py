@@ -38,9 +38,9 @@ def emit(command: Command, step: Any, last_step: Any) -> Any:
             return jnp.where(passed | shortened, u, jnp.zeros_like(u))
         wide = _wide(u.dtype)
         usable = jnp.where(jnp.isfinite(u), u, 0).astype(wide)
-        other = jnp.where(shortened, command.factor * usable, 0)
+        other = jnp.where(shortened, command.factor.astype(wide) * usable, 0)
         if d is not None and is_inexact(d):
-            other = jnp.where(undone, (command.factor - 1) * d.astype(wide), other)
+            other = jnp.where(undone, (command.factor - 1).astype(wide) * d.astype(wide), other)
         return jnp.where(passed, u, other.astype(u.dtype))
 
     if last_step is None:
@@ -65,11 +65,12 @@ def keep_step(command: Command, moved: jax.Array, applied: Any, last_step: Any) 
     def leaf(d, e):
         if not is_inexact(d):
             return d
-        kept = command.factor * d.astype(_wide(d.dtype))
+        wide = _wide(d.dtype)
+        kept = command.factor.astype(wide) * d.astype(wide)
         shorter = jnp.where(undone, kept.astype(d.dtype), d)
         if e.dtype != d.dtype:
             # Without the parameters nothing keeps a step inside the range of their dtype.
-            largest = jnp.finfo(d.dtype).max
+            largest = float(jnp.finfo(d.dtype).max)
             e = jnp.clip(e, -largest, largest).astype(d.dtype)
         return jnp.where(moved, e, shorter)
 

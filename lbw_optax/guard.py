@@ -227,14 +227,20 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
 
         # Learn and log.
         nonfinite = steered.nonfinites > 0
+        # From far below, as after PROCEED, the scale comes back no slower than a mean per squared
+        # scale forgets: what was seen there would be taken for the overshoot of whole steps.
+        settled = state.stressed | (last_scale >= law.cut_limit)
         observed = statistics.observe(
-            state.statistics, telemetry, signals, last_scale, moved, has_loss, law
+            state.statistics, telemetry, signals, last_scale, moved & settled, has_loss, law
         )
         spike = diagnosis.alarm == Cause.GRADIENT_SPIKE
         first = state.controller.rejections == 0
         absorbed = statistics.learn_spike(state.statistics, telemetry.gradient_norm, first, law)
+        # A batch without any gradient is one without data. Learned, such batches would wear every
+        # yardstick away.
+        seen = taken & ~nonfinite & (telemetry.gradient_norm > 0)
         learned = jax.tree.map(
-            lambda old, new, held: jnp.where(taken & ~nonfinite, new, jnp.where(spike, held, old)),
+            lambda old, new, held: jnp.where(seen, new, jnp.where(spike, held, old)),
             state.statistics,
             observed,
             absorbed,
@@ -265,7 +271,10 @@ def _one_loss(value, loss):
             continue
         if not (hasattr(given, "dtype") or isinstance(given, (int, float, complex))):
             raise ValueError(f"update: {name} must be a real scalar, got {given!r}")
-        shape, dtype = jnp.shape(given), jnp.result_type(given)
+        try:
+            shape, dtype = jnp.shape(given), jnp.result_type(given)
+        except TypeError as error:
+            raise ValueError(f"update: {name} must be a real scalar, got {given!r}") from error
         if shape != ():
             raise ValueError(f"update: {name} must be a scalar, got shape {shape}")
         if not any(jnp.issubdtype(dtype, x) for x in (jnp.floating, jnp.integer, jnp.bool_)):

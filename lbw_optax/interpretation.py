@@ -38,7 +38,7 @@ class Cause(enum.IntEnum):
     NONFINITE_LOSS = 2
     """NaN or Inf loss, or one beyond float32."""
     NONFINITE_STEP = 3
-    """The inner optimizer emitted or stored NaN or Inf."""
+    """The inner optimizer emitted or stored NaN or Inf, or a step whose norm is beyond 1.8e19."""
     OVERSHOOT = 4
     """The last step went far past the minimum along its own direction."""
     COLLAPSE = 5
@@ -133,6 +133,7 @@ def diagnose(
     found = [flag for _, flag, _ in table]
     alarm = jnp.select(found, [jnp.int32(c) for c, _, _ in table], jnp.int32(Cause.NONE))
     size = jnp.select(found, [jnp.asarray(x, jnp.float32) for _, _, x in table], pressure)
+    size = jnp.minimum(size, jnp.finfo(jnp.float32).max)
     # A healthy run overshoots as well: where some directions are done, while it gains in the
     # others, and where the curvature has grown until it just holds the steps.
     certain = s.overshoot - s.overshoot_error

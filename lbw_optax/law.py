@@ -26,6 +26,9 @@ _SHARES = (
     "cut_limit",
 )
 
+_LARGEST_SHARE = 1 - 2**-24
+"""The largest number below 1 in float32."""
+
 _FACTORS = (
     "growth",
     "release",
@@ -274,7 +277,8 @@ class Law:
     cut: float = 0.5
     """Largest share of the last step that a backtrack leaves."""
     cut_limit: float = 0.1
-    """Smallest share of the last step that a backtrack leaves."""
+    """Smallest share of the last step that a backtrack leaves; below this scale, on the way back to
+    1, no overshoot is learned."""
     nonfinite_backtracks: int = 4
     """Non-finite observations in a row, after the first, that shorten the last step."""
 
@@ -296,8 +300,11 @@ class Law:
             if getattr(self, name) < 1:
                 raise ValueError(f"Law.{name} must be at least 1, got {getattr(self, name)!r}")
         for name in _SHARES:
-            if getattr(self, name) >= 1:
-                raise ValueError(f"Law.{name} must be in (0, 1), got {getattr(self, name)!r}")
+            if getattr(self, name) > _LARGEST_SHARE:
+                raise ValueError(
+                    f"Law.{name} must be in (0, 1), and below it in float32, "
+                    f"got {getattr(self, name)!r}"
+                )
         for least, most in _ORDERED:
             if getattr(self, least) > getattr(self, most):
                 raise ValueError(

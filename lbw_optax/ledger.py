@@ -1,5 +1,6 @@
 """Ledger: what the guard did, in counters and in a ring of events, all of it in the state."""
 
+import enum
 from typing import NamedTuple
 
 import jax
@@ -133,9 +134,12 @@ def record(
         recorded=_count(ledger.recorded, is_event),
         min_scale_seen=jnp.minimum(ledger.min_scale_seen, command.scale),
         control_energy=ledger.control_energy + jnp.log(command.scale) ** 2,
-        cause_counts=_count(
-            ledger.cause_counts, is_event & (command.cause == jnp.arange(len(Cause)))
-        ),
-        action_counts=_count(ledger.action_counts, command.action == jnp.arange(len(Action))),
+        cause_counts=_count(ledger.cause_counts, is_event & _is(command.cause, Cause)),
+        action_counts=_count(ledger.action_counts, _is(command.action, Action)),
         ring=ring,
     )
+
+
+def _is(member: jax.Array, kind: type[enum.IntEnum]) -> jax.Array:
+    """One flag for each member of an enumeration."""
+    return member == jnp.arange(len(kind), dtype=jnp.int32)

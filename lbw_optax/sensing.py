@@ -177,7 +177,7 @@ def measure(
     known = sampled & (step_norm > 0) & (last_length > 0)
     cosine = sums["alignment"] / jnp.where(known, step_norm, 1)
     cosine = cosine / jnp.where(known, last_length, 1)
-    loss = jnp.float32(0) if loss is None else jnp.asarray(loss).astype(jnp.float32)
+    loss = jnp.float32(0) if loss is None else jnp.asarray(loss, jnp.float32)
     telemetry = Telemetry(
         loss=loss,
         gradient_norm=jnp.sqrt(sums["gradient"]),

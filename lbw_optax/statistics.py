@@ -24,7 +24,8 @@ class Statistics(NamedTuple):
       spike_tolerance: log of the factor by which spikes that recur have widened their test.
       loss_mean: mean of the loss over about the last 10 steps.
       loss_trend: mean of the loss over about the last 50 steps.
-      loss_past: mean of the loss over the run, later steps counting for more.
+      loss_gain: how far `loss_mean` is below a mean of the loss over the run in which later steps
+        count for more.
       loss_variance: variance of the loss around its mean, not yet bias-corrected.
       overshoots: how many overshoots were accepted.
       overshoot_mean: mean of overshoot / scale^2, not yet bias-corrected.
@@ -41,7 +42,7 @@ class Statistics(NamedTuple):
     spike_tolerance: jax.Array  # shape=(), dtype=float32
     loss_mean: jax.Array  # shape=(), dtype=float32
     loss_trend: jax.Array  # shape=(), dtype=float32
-    loss_past: jax.Array  # shape=(), dtype=float32
+    loss_gain: jax.Array  # shape=(), dtype=float32
     loss_variance: jax.Array  # shape=(), dtype=float32
     overshoots: jax.Array  # shape=(), dtype=int32
     overshoot_mean: jax.Array  # shape=(), dtype=float32
@@ -167,8 +168,7 @@ def compare(
         promise = last_scale * slope * (s.slopes / jnp.maximum(s.losses, 1))
         # Of steps that do not add up, a smaller part can be progress.
         productive = gaining & (gain * reach**2 / law.gain_slopes > promise)
-        gained = s.loss_past - s.loss_mean
-        bearable = jnp.maximum(gained / law.mixing_steps, law.bearable_least * noise)
+        bearable = jnp.maximum(s.loss_gain / law.mixing_steps, law.bearable_least * noise)
         edge, scaled_edge = (
             (overshoot * scale > law.edge_share * slope)
             & ((overshoot - error) * scale**2 < law.edge_noise * noise)
@@ -219,13 +219,12 @@ def learn_gradient(statistics: Statistics, gradient_norm: jax.Array, law: Law) -
     """Returns the mean gradient norm with one more observation.
 
     A norm above the mean is learned fast and at most at twice the mean, one below it slowly (but as
-    a plain average at first, in case the very first norm was the outlier), and a gradient of zero
-    not at all: a level shift is accepted in a bounded number of steps, and a model whose gradients
-    are mostly absent keeps a useful reference.
+    a plain average at first, in case the very first norm was the outlier): a level shift is
+    accepted in a bounded number of steps.
 
     Args:
       statistics: the run so far.
-      gradient_norm: norm of the gradients, finite.
+      gradient_norm: norm of the gradients, finite and above 0.
       law: the constants.
 
     Returns:
@@ -237,8 +236,7 @@ def learn_gradient(statistics: Statistics, gradient_norm: jax.Array, law: Law) -
     average = 1 / (statistics.observations.astype(jnp.float32) + 1)
     fall = jnp.maximum(law.gradient_fall, average)
     weight = jnp.where(bounded > mean, law.gradient_rise, fall)
-    new = _ema(mean, bounded, jnp.where(first, 1, weight))
-    return jnp.where(gradient_norm > 0, new, mean)
+    return _ema(mean, bounded, jnp.where(first, 1, weight))
 
 
 def learn_spike(
@@ -305,12 +303,17 @@ def learn_loss(statistics: Statistics, loss: jax.Array, signals: Signals, law: L
     innovation = jnp.clip(signals.innovation, -_LARGEST, _LARGEST)
     bound = law.noise_clip * signals.noise
     variance = jnp.clip(innovation, -bound, bound) ** 2
+    mean = _ema(s.loss_mean, loss, fast)
+    # The mean over the run moves by millionths of what it gained: beside the loss itself float32
+    # would lose that. What `loss_mean` really moved by is a difference without an error.
+    above = loss - s.loss_mean
+    gain = _ema(s.loss_gain, above, power / (index + power)) - (mean - s.loss_mean)
     return s._replace(
         losses=optax.safe_increment(s.losses),
         strays=jnp.where(stray, optax.safe_increment(s.strays), 0),
-        loss_mean=_ema(s.loss_mean, loss, fast),
+        loss_mean=mean,
         loss_trend=_ema(s.loss_trend, loss, slow),
-        loss_past=_ema(s.loss_past, loss, power / (index + power)),
+        loss_gain=gain,
         loss_variance=_ema(s.loss_variance, variance, 1 - law.noise_decay),
     )
 
@@ -328,10 +331,10 @@ def observe(
 
     Args:
       statistics: the run so far.
-      telemetry: this step, all of it finite.
+      telemetry: this step, all of it finite, with a gradient.
       signals: this step compared with the run so far.
       last_scale: the scale of the step whose overshoot was measured.
-      moved: whether there is such a step.
+      moved: whether there is such a step, and its overshoot is to count.
       has_loss: whether the caller gives the loss.
       law: the constants.
 

@@ -115,6 +115,19 @@ def test_non_finite_values_in_a_row_also_shorten_the_last_step():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, -share * b, rtol=1e-3), undone, last)
 
 
+def test_a_run_that_proceeded_comes_back_with_the_overshoot_it_had():
+    """Per squared scale one observation at the lowest scale would weigh as 1e12 others."""
+    faults = range(FAULT, FAULT + 21)
+    stream = faulty(healthy_stream(400), faults, grads=lambda g: g * jnp.nan)
+    states = run(guard(optax.sgd(1e-4)), START, stream)[2]
+    assert actions(states)[faults[-1]] == Action.PROCEED
+    recovering = np.flatnonzero(np.asarray(states.controller.step_scale) < LAW.cut_limit)
+    assert set(recovering) > set(range(faults[-1], faults[-1] + 200))
+    means = np.asarray(states.statistics.overshoot_mean)
+    assert set(means[recovering]) == {means[FAULT - 1]}
+    assert report(at(states, -1)).regime == "STABLE"
+
+
 @pytest.mark.parametrize("memory", ["none", "sparse", "step"])
 def test_inner_optimizer_that_emits_nan_is_held(memory):
     """The inner divides by the gradient: 0 / 0 wherever a gradient is zero."""

@@ -134,8 +134,12 @@ def test_norms_are_summed_in_single_precision(dtype):
     assert float(inner_product(tree, tree)) == 64 * 64 * 300**2
 
 
-def test_the_guard_promotes_no_dtype_on_its_own():
-    with jax.numpy_dtype_promotion("strict"):
-        p, tx = {"w": jnp.ones(3)}, guard(optax.sgd(1e-3, momentum=0.9))
-        _, state = tx.update(p, tx.init(p), p, value=jnp.float32(1))
+@pytest.mark.parametrize("memory", ["none", "sparse", "step"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_the_guard_promotes_no_dtype_on_its_own(dtype, memory):
+    """Nor does it where the gradients are wider than the parameters."""
+    with jax.enable_x64(dtype == "float64"), jax.numpy_dtype_promotion("strict"):
+        p, tx = {"w": jnp.ones(3, dtype)}, guard(optax.sgd(1e-3), memory=memory)
+        grads = {"w": jnp.ones(3, "float32" if dtype == "bfloat16" else dtype)}
+        _, state = tx.update(grads, tx.init(p), p, value=jnp.float32(1))
     assert report(state).steps == 1

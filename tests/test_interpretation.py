@@ -70,6 +70,13 @@ def test_without_a_last_step_there_is_no_harm():
     assert alarm(**jump, spike=1.01) == Cause.GRADIENT_SPIKE
 
 
+def test_the_size_is_a_number_whatever_the_noise():
+    with_jump = diagnosis(innovation=1e3, noise=2e-38, faded=True)
+    assert with_jump.alarm == Cause.COLLAPSE
+    assert 1 < with_jump.size < float("inf")
+    assert diagnosis(pressure=float("inf")).size < float("inf")
+
+
 def test_the_size_of_a_spike_is_in_units_of_what_recurring_spikes_let_pass():
     assert diagnosis(spike=6.0, spike_allowed=2.0).size == pytest.approx(3)
 

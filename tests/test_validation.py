@@ -102,6 +102,7 @@ def test_an_envelope_that_is_switched_off_leaves_a_finite_state(params):
         ("noise_floor", -1e-3),
         ("spike_ratio", math.nan),
         ("loss_decay", 1.0),
+        ("noise_decay", 0.99999999),
         ("cut", 1.5),
         ("calm_steps", "many"),
         ("growth", None),
@@ -144,6 +145,8 @@ def test_bad_loss_is_refused(memory, jit):
         tx.update(params, state, params, value="low")
     with pytest.raises(ValueError, match=r"value must be a real scalar, got \(Array\(1"):
         tx.update(params, state, params, value=(jnp.float32(1), {"accuracy": 1}))
+    with pytest.raises(ValueError, match=r"loss must be a real scalar, got array\('a'"):
+        tx.update(params, state, params, loss=np.array("a"))
 
 
 @pytest.mark.parametrize("memory", ["none", "sparse", "step"])
