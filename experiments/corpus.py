@@ -196,6 +196,14 @@ def _whole_files(path: Path) -> list[Path]:
         if found and not files:
             raise UserError(f"{path}: none of its {len(found)} files is UTF-8 text")
         _tell_left_out(path, set(found) - set(files), len(found), "not UTF-8 text")
+        named = [file for file in files if file.parent == path and _split_of(file)]
+        if len({_split_of(file) for file in named}) > 1:
+            names = ", ".join(file.name for file in named[:3])
+            print(
+                f"{path}: {names} are read as one text: only files of the types "
+                f"{', '.join((*_TEXT_FILES, *_ROW_FILES))} are splits",
+                file=sys.stderr,
+            )
         return files
     if not path.is_file():  # It is read more than once, which a pipe cannot be.
         raise UserError(f"{path}: neither a file nor a folder")

@@ -69,13 +69,15 @@ class Dataset:
         self.vocabulary = tokenizer.vocab_size
         """Number of token ids."""
         found = corpus or CORPORA[job.corpus]()
+        flag = "--data " if corpus else ""
         self._train = tokenized(found.documents(TRAIN), tokenizer)
         heldout = tokenized(found.documents(TEST), tokenizer)
         least = job.seq_len + 1  # One sequence and its targets; fewer held out would say little.
         for split, stream in ((TRAIN, self._train), (TEST, heldout)):
             if len(stream.tokens) < least:
                 raise UserError(
-                    f"{found.name}, {split}: {len(stream.tokens)} tokens, but {least} are needed"
+                    f"{flag}{found.name}, {split}: {len(stream.tokens)} tokens, but {least} are "
+                    "needed"
                 )
         if job.heldout_tokens is not None:
             tokens = heldout.tokens[: job.heldout_tokens]

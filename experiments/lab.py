@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -88,7 +89,8 @@ class Lab(Generic[Config]):
         """Where a `Finetune` is used, see `on_mesh`."""
         self._finetune: Finetune | None = None
         self._measured: set[str] = set()
-        if options.models is not None and not options.models.is_dir():
+        # Unlike the path's own it is False for a name that is too long.
+        if options.models is not None and not os.path.isdir(options.models):
             raise UserError(f"--models {options.models}: no such folder")
         self._corpus = _read("--data", options.data)
         self._pretraining = _read("--pretrain-data", options.pretrain_data)
@@ -232,10 +234,17 @@ def _read(flag: str, path: Path | None) -> Corpus | None:
     if path is None:
         return None
     try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{flag} {str(path)!a}: its name is not UTF-8") from error
+    try:
         corpus = read_corpus(path)
         _describe(corpus)
     except UserError as error:
         raise UserError(f"{flag} {error}") from error
+    except OSError as error:
+        where = error.filename or path
+        raise UserError(f"{flag} {where}: {error.strerror}") from error
     return corpus
 
 

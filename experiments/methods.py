@@ -277,8 +277,8 @@ def guard_record(opt_state: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
       opt_state: An optimizer state.
 
     Returns:
-      The scalar fields of the guard's report as `guard_...`, and its events; both are empty
-      without a guard.
+      The scalar fields of the guard's report as `guard_...`, and its events, whose steps are
+      counted from 1, as in the metrics; both are empty without a guard.
     """
     if guard_telemetry(opt_state) is None:
         return {}, []
@@ -288,4 +288,5 @@ def guard_record(opt_state: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         for field, value in report.items()
         if isinstance(value, str | int | float)
     }
-    return scalars, [dataclasses.asdict(event) for event in lbw_optax.events(opt_state)]
+    events = [dataclasses.asdict(event) for event in lbw_optax.events(opt_state)]
+    return scalars, [event | {"step": event["step"] + 1} for event in events]

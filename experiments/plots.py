@@ -36,6 +36,7 @@ _STYLE = {
     "grid.alpha": 0.3,
     "legend.frameon": False,
     "savefig.dpi": 150,
+    "text.parse_math": False,  # A title may name a file with dollar signs.
 }
 
 

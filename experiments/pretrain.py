@@ -18,6 +18,7 @@ from experiments.batches import CroppedBatches
 from experiments.checkpoint import Checkpoints, cache_folder
 from experiments.corpus import TRAIN, Corpus, wikitext
 from experiments.data import Text, split, standard_library
+from experiments.environment import versions
 from experiments.errors import UserError
 from experiments.jobs import PretrainConfig
 from experiments.locks import alone_in
@@ -85,6 +86,8 @@ def pretrained(
             for path, leaf in jax.tree.leaves_with_path(params)
         ],
         "device": jax.devices()[0].device_kind,
+        # The guard has no part in it.
+        "versions": {k: v for k, v in versions().items() if k != "lbw_optax"},
     }
     digest = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder() / f"pretrained-{digest}"

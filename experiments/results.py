@@ -3,7 +3,7 @@
 - `config.json`: all that the numbers depend on.
 - `metrics.jsonl`: one object per step, and one per measurement of the held-out loss; `null` stands
   for a number that is not finite.
-- `events.jsonl`: what the guard did, one object per event.
+- `events.jsonl`: what the guard did, one object per event; steps count from 1 there, too.
 - `runs.json`: one record per finished run.
 - `rows.jsonl`: for suites of many short runs, one object per run, whole cells at a time.
 - `checkpoints`: the state of the unfinished run.
@@ -33,6 +33,7 @@ from experiments.locks import claim
 _CONFIG, _METRICS, _EVENTS, _RUNS = "config.json", "metrics.jsonl", "events.jsonl", "runs.json"
 _ROWS = "rows.jsonl"
 _CHECKPOINTS = "checkpoints"
+_SHOWN = ("report.md", "summary.csv")
 _KEYS = {_METRICS: {"run", "step"}, _EVENTS: {"run"}, _ROWS: {"cell"}}
 """What each object of a file has."""
 _MEASURED = (_METRICS, _EVENTS, _RUNS, _ROWS, _CHECKPOINTS)
@@ -167,7 +168,7 @@ class Results:
         # Only what a job writes: the folder is the user's, and may hold more.
         shutil.rmtree(self.folder / _CHECKPOINTS, ignore_errors=True)
         # The settings last: a kill before that leaves a folder that another job does not adopt.
-        for name in (_METRICS, _EVENTS, _RUNS, _ROWS, _CONFIG):
+        for name in (*_SHOWN, _METRICS, _EVENTS, _RUNS, _ROWS, _CONFIG):
             (self.folder / name).unlink(missing_ok=True)
 
     def _read_json(self, name: str, default: Any) -> Any:

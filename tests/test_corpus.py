@@ -104,6 +104,13 @@ def test_folders_of_code_have_no_splits(tmp_path):
     assert set(read_corpus(tmp_path).splits) == {TRAIN, VALIDATION, TEST}
 
 
+def test_files_named_after_splits_that_are_none_are_named(tmp_path, capsys):
+    for name in ("train.md", "test.md"):
+        (tmp_path / name).write_text("Some text of its own.")
+    read_corpus(tmp_path)
+    assert "test.md, train.md are read as one text: only files" in capsys.readouterr().err
+
+
 def test_folders_of_code_one_level_down_have_no_splits(tmp_path):
     package = tmp_path / "package"
     (package / "test").mkdir(parents=True)

@@ -13,8 +13,8 @@ import pytest
 from suite_helpers import CHUNK, TINY_JOB
 
 from experiments import plots
-from experiments.__main__ import main
 from experiments.checkpoint import Checkpoints
+from experiments.command_line import main
 from experiments.errors import UserError
 from experiments.results import Results
 from experiments.suites import lr_stress
@@ -81,14 +81,17 @@ class TestJob:
             "stressed_run.png",
             "summary.csv",
         }
-        summary, metrics, _ = measured(finished)
-        rows = [json.loads(line) for line in metrics.splitlines()]
+        summary, *logs = measured(finished)
+        rows, events = ([json.loads(line) for line in log.splitlines()] for log in logs)
         assert len(summary) == RUNS + 1  # And the model before the first step.
         assert len(rows) == RUNS * (TINY_JOB.steps + 1)  # And a held-out loss.
         assert [row["step"] for row in rows[:21]] == [*range(1, 21), 20]
         guarded = [row for row in rows if row["run"].startswith("guard") and "loss" in row]
         assert {row["regime"] for row in guarded} <= {"STABLE", "STRESS", "SPIKE", "RECOVERY"}
         assert all(0 < row["scale"] <= 1 for row in guarded)
+        scales = {(row["run"], row["step"]): row["scale"] for row in guarded}
+        assert events
+        assert all(event["scale"] == scales[event["run"], event["step"]] for event in events)
         assert all(row["guard_events_dropped"] in ("", "0") for row in summary)
         text = (folder / "report.md").read_text()
         assert "(perplexity.png)" in text
@@ -101,7 +104,7 @@ class TestJob:
         assert measured(finished) == before
         assert "Held-out perplexity" in capsys.readouterr().out
 
-    def test_resumed_equals_uninterrupted(self, finished, text, tmp_path, monkeypatch, capsys):
+    def test_resumed_equals_uninterrupted(self, finished, text, tmp_path, monkeypatch):
         log_metrics, calls = Results.log_metrics, 0
 
         def interrupted(self, rows):
@@ -118,8 +121,8 @@ class TestJob:
             calls = allowed
             with monkeypatch.context() as patch:
                 patch.setattr(Results, "log_metrics", interrupted)
-                assert run(tmp_path, text) == 130
-            assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: ")
+                with pytest.raises(KeyboardInterrupt):
+                    run(tmp_path, text)
         assert run(tmp_path, text) == 0
         assert measured(tmp_path) == measured(finished)
         assert not any((tmp_path / "lr_stress" / "tiny" / "checkpoints").iterdir())
@@ -136,7 +139,8 @@ class TestJob:
 
         with monkeypatch.context() as patch:
             patch.setattr(Results, "log_metrics", interrupted)
-            assert run(tmp_path, text) == 130
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path, text)
         _shorten(tmp_path, rows=4)
         assert run(tmp_path, text) == 2
         assert "metrics.jsonl is damaged: use --fresh" in capsys.readouterr().err
@@ -288,7 +292,7 @@ class TestErrors:
         text.mkdir()
         (text / "train.txt").write_text("far too short")
         (text / "test.txt").write_text("also short")
-        assert "train: 14 tokens, but 17 are needed" in error("--data", str(text))
+        assert f"--data {text}, train: 14 tokens, but 17 are needed" in error("--data", str(text))
 
     def test_folder_that_cannot_be_written(self, error, tmp_path):
         (tmp_path / "file").touch()
@@ -315,7 +319,7 @@ class TestErrors:
 
         monkeypatch.setattr(os, "scandir", refused)
         line = error("--data", str(tmp_path / "text"))
-        assert line == f"error: {tmp_path / 'text' / 'private'}: Permission denied"
+        assert line == f"error: --data {tmp_path / 'text' / 'private'}: Permission denied"
 
     def test_full_disk(self, tmp_path, capsys, monkeypatch):
         def full(*_, **__):
@@ -324,7 +328,7 @@ class TestErrors:
         monkeypatch.setattr(Results, "_append", full)
         assert run(tmp_path) == 2
         *_, line = capsys.readouterr().err.splitlines()
-        assert line == "error: results: No space left on device"
+        assert line == "error: results or output: No space left on device"
 
     def test_full_disk_for_a_checkpoint(self, tmp_path, monkeypatch):
         def full(*_, **__):

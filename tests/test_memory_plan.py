@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from model_helpers import LLAMA, PARAMETERS, QWEN, published_config
 
-from experiments.__main__ import main
+from experiments.command_line import main
 from experiments.jobs import PAPER, Base, Job, LoraConfig
 from experiments.memory import plan_memory, residual_bytes
 from experiments.memory_check import MemoryCheck, check_memory

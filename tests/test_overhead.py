@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from experiments.__main__ import main
+from experiments.command_line import main
 from experiments.suites import overhead
 from experiments.timing import contestants
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import lbw_optax
 from experiments import bench, faults, peers, presets, tasks
-from experiments.__main__ import main
+from experiments.command_line import main
 from experiments.data import BYTE_VOCABULARY
 from experiments.methods import baselines
 from experiments.models.config import DecoderConfig

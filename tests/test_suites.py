@@ -20,7 +20,7 @@ from helpers import norm
 from suite_helpers import CHUNK, TINY_JOB
 
 from experiments import faults, jobs, methods, paper
-from experiments.__main__ import main
+from experiments.command_line import main
 from experiments.curvature import hessian_trace
 from experiments.errors import UserError
 from experiments.finetune import Finetune

@@ -10,7 +10,7 @@ from model_helpers import FAMILIES
 from suite_helpers import TINY_JOB
 
 from experiments import flops
-from experiments.__main__ import main
+from experiments.command_line import main
 from experiments.finetune import random_start
 from experiments.methods import guards
 from experiments.models.decoder import Decoder
