@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -11,12 +12,13 @@ _SAID = b"\ninterrupted: run the same command again, without --fresh, to resume\
 
 
 def _stop(number: int, _: FrameType | None) -> None:
-    """Ends the process at once: what is on the disk is whole at any moment.
+    """Ends the process as soon as Python runs again: what is on the disk is always whole.
 
     An exception might be raised inside a callback of JAX, and be lost there; and Python's teardown
     under a compilation that goes on would end in a segmentation fault.
     """
-    os.write(sys.stderr.fileno(), _SAID)
+    with contextlib.suppress(OSError):  # Nobody may read it any more.
+        os.write(2, _SAID)
     os._exit(128 + number)
 
 

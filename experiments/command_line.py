@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,18 @@ SUITES = {
 }
 """Name on the command line -> the suite; its arguments and their help come from its signature."""
 
+_REFUSED = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
+"""What a file system says no with: permissions, a full or broken disk, a name that cannot be."""
+
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs a suite.
@@ -35,7 +48,8 @@ def main(args: Sequence[str] | None = None) -> int:
       args: The command line's arguments; those of the process by default.
 
     Returns:
-      The exit code: 0, or 2 for an error of the user's or of the file system.
+      The exit code: 0, 2 for an error of the user's or of the file system, 1 where nobody reads
+      the output any more.
     """
     try:
         tyro.extras.subcommand_cli_from_dict(SUITES, prog="python -m experiments", args=args)
@@ -44,8 +58,11 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
     except BrokenPipeError:  # As of `| head`: what is left of the output has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
         where = error.filename or "results or output"
-        print(f"error: {where}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {where}: {error.strerror}", file=sys.stderr)
         return 2
     return 0

@@ -198,7 +198,7 @@ def _whole_files(path: Path) -> list[Path]:
         _tell_left_out(path, set(found) - set(files), len(found), "not UTF-8 text")
         named = [file for file in files if file.parent == path and _split_of(file)]
         if len({_split_of(file) for file in named}) > 1:
-            names = ", ".join(file.name for file in named[:3])
+            names = ", ".join(file.name for file in named[:3]) + ", ..." * (len(named) > 3)
             print(
                 f"{path}: {names} are read as one text: only files of the types "
                 f"{', '.join((*_TEXT_FILES, *_ROW_FILES))} are splits",

@@ -36,7 +36,6 @@ _STYLE = {
     "grid.alpha": 0.3,
     "legend.frameon": False,
     "savefig.dpi": 150,
-    "text.parse_math": False,  # A title may name a file with dollar signs.
 }
 
 
@@ -91,7 +90,8 @@ def lr_curves(
                 fontsize=9,
             )
             note.set_in_layout(False)  # Else the layout makes room for it outside the axes.
-        axes.set(xscale="log", yscale="log", title=title)
+        axes.set_title(title, parse_math=False)  # It may name a file with dollar signs.
+        axes.set(xscale="log", yscale="log")
         axes.set(xlabel="learning rate", ylabel="held-out perplexity")
         lowest = min(zero_step, *(line.get_ydata().min() for line in lines))
         highest = max(zero_step, *(line.get_ydata().max() for line in lines))

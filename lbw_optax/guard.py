@@ -236,8 +236,8 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
         spike = diagnosis.alarm == Cause.GRADIENT_SPIKE
         first = state.controller.rejections == 0
         absorbed = statistics.learn_spike(state.statistics, telemetry.gradient_norm, first, law)
-        # A batch without any gradient is one without data. Learned, such batches would wear every
-        # yardstick away.
+        # A batch without any gradient is one without data, also where a step of earlier
+        # micro-batches ends with it. Learned, such batches would wear every yardstick away.
         seen = taken & ~nonfinite & (telemetry.gradient_norm > 0)
         learned = jax.tree.map(
             lambda old, new, held: jnp.where(seen, new, jnp.where(spike, held, old)),

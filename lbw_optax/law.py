@@ -26,8 +26,8 @@ _SHARES = (
     "cut_limit",
 )
 
-_LARGEST_SHARE = 1 - 2**-24
-"""The largest number below 1 in float32."""
+_LEAST, _LARGEST_SHARE = 2.0**-126, 1 - 2.0**-24
+"""The least number above 0 that float32 holds in full, and the largest below 1."""
 
 _FACTORS = (
     "growth",
@@ -278,15 +278,15 @@ class Law:
     """Largest share of the last step that a backtrack leaves."""
     cut_limit: float = 0.1
     """Smallest share of the last step that a backtrack leaves; below this scale, on the way back to
-    1, no overshoot is learned."""
+    1, nothing is learned of a step and the one before it."""
     nonfinite_backtracks: int = 4
     """Non-finite observations in a row, after the first, that shorten the last step."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
-            if not is_number(value, numbers.Real) or math.isnan(value) or value <= 0:
-                raise ValueError(f"Law.{name} must be a number above 0, got {value!r}")
+            if not is_number(value, numbers.Real) or math.isnan(value) or value < _LEAST:
+                raise ValueError(f"Law.{name} must be a number above 0 in float32, got {value!r}")
             if field.type is int and not is_number(value, numbers.Integral):
                 raise ValueError(f"Law.{name} must be a whole number, got {value!r}")
             if math.isinf(value) and name not in _THRESHOLDS:
@@ -302,7 +302,7 @@ class Law:
         for name in _SHARES:
             if getattr(self, name) > _LARGEST_SHARE:
                 raise ValueError(
-                    f"Law.{name} must be in (0, 1), and below it in float32, "
+                    f"Law.{name} must be in (0, 1), and below 1 in float32, "
                     f"got {getattr(self, name)!r}"
                 )
         for least, most in _ORDERED:

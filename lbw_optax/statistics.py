@@ -305,7 +305,7 @@ def learn_loss(statistics: Statistics, loss: jax.Array, signals: Signals, law: L
     variance = jnp.clip(innovation, -bound, bound) ** 2
     mean = _ema(s.loss_mean, loss, fast)
     # The mean over the run moves by millionths of what it gained: beside the loss itself float32
-    # would lose that. What `loss_mean` really moved by is a difference without an error.
+    # would lose that. What `loss_mean` really moved by is a difference with hardly an error.
     above = loss - s.loss_mean
     gain = _ema(s.loss_gain, above, power / (index + power)) - (mean - s.loss_mean)
     return s._replace(
@@ -334,7 +334,7 @@ def observe(
       telemetry: this step, all of it finite, with a gradient.
       signals: this step compared with the run so far.
       last_scale: the scale of the step whose overshoot was measured.
-      moved: whether there is such a step, and its overshoot is to count.
+      moved: whether there is such a step, and what it shows is to count.
       has_loss: whether the caller gives the loss.
       law: the constants.
 

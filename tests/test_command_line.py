@@ -33,11 +33,17 @@ def test_a_signal_ends_a_job_at_once_with_one_line(name, code, tmp_path, monkeyp
     assert "Traceback" not in said
 
 
-def test_output_that_nobody_reads_is_no_error():
+def test_a_signal_counts_where_nobody_reads_the_line():
+    code = "import os; from experiments.__main__ import _stop; os.close(2); _stop(15, None)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 143
+
+
+def test_output_that_nobody_reads_ends_without_a_word():
     pipe = subprocess.PIPE
     with subprocess.Popen([*COMMAND, "--help"], cwd=ROOT, stdout=pipe, stderr=pipe) as job:
         job.stdout.close()
         assert job.stderr.read() == b""
+    assert job.returncode == 1
 
 
 @pytest.mark.parametrize("flag", ["--data", "--pretrain-data", "--models"])

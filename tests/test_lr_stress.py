@@ -348,8 +348,10 @@ class TestErrors:
                 read()
 
 
-def test_diverged_runs_can_be_drawn():
-    png = plots.lr_curves({"AdamW": [(1e-3, math.inf), (1e-1, math.inf)]}, 5.0, math.inf, "title")
+@pytest.mark.parametrize("title", ["title", "x$_$y.txt"])
+def test_diverged_runs_can_be_drawn(title):
+    """And on a text of any name: dollar signs are no formula."""
+    png = plots.lr_curves({"AdamW": [(1e-3, math.inf), (1e-1, math.inf)]}, 5.0, math.inf, title)
     assert png.startswith(b"\x89PNG")
 
 

@@ -103,6 +103,7 @@ def test_an_envelope_that_is_switched_off_leaves_a_finite_state(params):
         ("spike_ratio", math.nan),
         ("loss_decay", 1.0),
         ("noise_decay", 0.99999999),
+        ("cut_limit", 1e-60),
         ("cut", 1.5),
         ("calm_steps", "many"),
         ("growth", None),
