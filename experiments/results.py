@@ -34,6 +34,7 @@ _CONFIG, _METRICS, _EVENTS, _RUNS = "config.json", "metrics.jsonl", "events.json
 _ROWS = "rows.jsonl"
 _CHECKPOINTS = "checkpoints"
 _SHOWN = ("report.md", "summary.csv")
+"""What a job makes of its records at the end; without them it would speak of another."""
 _KEYS = {_METRICS: {"run", "step"}, _EVENTS: {"run"}, _ROWS: {"cell"}}
 """What each object of a file has."""
 _MEASURED = (_METRICS, _EVENTS, _RUNS, _ROWS, _CHECKPOINTS)

@@ -193,12 +193,15 @@ def test_fresh_drops_the_job_and_keeps_the_users_files(tmp_path):
     results = Results(tmp_path, {"seed": 0}, fresh=False)
     results.log_metrics([{"run": "a", "step": 1}])
     results.finish("a", {"heldout_loss": float("nan")})
-    (tmp_path / "notes.txt").touch()
+    for name in ("notes.txt", "report.md"):
+        (tmp_path / name).touch()
     assert Results(tmp_path, {"seed": 0}, fresh=False).runs == {"a": {"heldout_loss": None}}
     results = Results(tmp_path, {"seed": 1}, fresh=True)
     assert results.runs == {}
     assert results.metrics("a") == []
+    results.log_metrics([{"run": "b", "step": 1}])
     assert (tmp_path / "notes.txt").exists()
+    assert not (tmp_path / "report.md").exists()
 
 
 def test_settings_of_a_job_that_measured_nothing_are_replaced(tmp_path):
