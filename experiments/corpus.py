@@ -198,9 +198,8 @@ def _whole_files(path: Path) -> list[Path]:
         _tell_left_out(path, set(found) - set(files), len(found), "not UTF-8 text")
         named = [file for file in files if file.parent == path and _split_of(file)]
         if len({_split_of(file) for file in named}) > 1:
-            names = ", ".join(file.name for file in named[:3]) + ", ..." * (len(named) > 3)
             print(
-                f"{path}: {names} are read as one text: only files of the types "
+                f"{path}: {_names(named)} are read as one text: only files of the types "
                 f"{', '.join((*_TEXT_FILES, *_ROW_FILES))} are splits",
                 file=sys.stderr,
             )
@@ -215,8 +214,13 @@ def _whole_files(path: Path) -> list[Path]:
 def _tell_left_out(path: Path, left: Collection[Path], found: int, why: str) -> None:
     """Names files of a folder that are not read, if there are any."""
     if left:
-        shown = ", ".join(file.name for file in sorted(left)[:3]) + ", ..." * (len(left) > 3)
-        print(f"{path}: {len(left)} of {found} files left out, {why}: {shown}", file=sys.stderr)
+        said = f"{path}: {len(left)} of {found} files left out, {why}: {_names(left)}"
+        print(said, file=sys.stderr)
+
+
+def _names(files: Collection[Path]) -> str:
+    """What a message calls some files."""
+    return ", ".join(file.name for file in sorted(files)[:3]) + ", ..." * (len(files) > 3)
 
 
 def _has_splits(path: Path) -> bool:

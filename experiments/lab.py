@@ -15,7 +15,7 @@ import tyro
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from experiments.corpus import Corpus, read_corpus
+from experiments.corpus import TEST, TRAIN, Corpus, read_corpus
 from experiments.dataset import Dataset, checkpoint, fingerprint
 from experiments.environment import described, made_with
 from experiments.errors import UserError, checked_seeds, preset_of
@@ -92,8 +92,8 @@ class Lab(Generic[Config]):
         # Unlike the path's own it is False for a name that is too long.
         if options.models is not None and not os.path.isdir(options.models):
             raise UserError(f"--models {options.models}: no such folder")
-        self._corpus = _read("--data", options.data)
-        self._pretraining = _read("--pretrain-data", options.pretrain_data)
+        self._corpus = _read("--data", options.data, (TRAIN, TEST))
+        self._pretraining = _read("--pretrain-data", options.pretrain_data, (TRAIN,))
         chosen = {
             "data": self._corpus and _describe(self._corpus),
             "pretrain_data": self._pretraining and _describe(self._pretraining),
@@ -229,7 +229,7 @@ def _mesh(shape: tuple[int, int, int]) -> Mesh | None:
     return make_mesh(*shape, devices=found[:count]) if count > 1 else None
 
 
-def _read(flag: str, path: Path | None) -> Corpus | None:
+def _read(flag: str, path: Path | None, needed: Iterable[str]) -> Corpus | None:
     """The user's own text, read through once, so that its mistakes are found before the work."""
     if path is None:
         return None
@@ -239,6 +239,8 @@ def _read(flag: str, path: Path | None) -> Corpus | None:
         raise UserError(f"{flag} {str(path)!a}: its name is not UTF-8") from error
     try:
         corpus = read_corpus(path)
+        for split in needed:
+            corpus.documents(split)
         _describe(corpus)
     except UserError as error:
         raise UserError(f"{flag} {error}") from error

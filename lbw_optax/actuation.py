@@ -37,10 +37,11 @@ def emit(command: Command, step: Any, last_step: Any) -> Any:
         if not is_inexact(u):
             return jnp.where(passed | shortened, u, jnp.zeros_like(u))
         wide = _wide(u.dtype)
+        factor = command.factor.astype(wide)
         usable = jnp.where(jnp.isfinite(u), u, 0).astype(wide)
-        other = jnp.where(shortened, command.factor.astype(wide) * usable, 0)
+        other = jnp.where(shortened, factor * usable, 0)
         if d is not None and is_inexact(d):
-            other = jnp.where(undone, (command.factor - 1).astype(wide) * d.astype(wide), other)
+            other = jnp.where(undone, (factor - 1) * d.astype(wide), other)
         return jnp.where(passed, u, other.astype(u.dtype))
 
     if last_step is None:

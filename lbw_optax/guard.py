@@ -227,11 +227,8 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
 
         # Learn and log.
         nonfinite = steered.nonfinites > 0
-        # From far below, as after PROCEED, the scale comes back no slower than a mean per squared
-        # scale forgets: what was seen there would be taken for the overshoot of whole steps.
-        settled = state.stressed | (last_scale >= law.cut_limit)
         observed = statistics.observe(
-            state.statistics, telemetry, signals, last_scale, moved & settled, has_loss, law
+            state.statistics, telemetry, signals, last_scale, moved, state.stressed, has_loss, law
         )
         spike = diagnosis.alarm == Cause.GRADIENT_SPIKE
         first = state.controller.rejections == 0
@@ -269,12 +266,12 @@ def _one_loss(value, loss):
     for name, given in (("value", value), ("loss", loss)):
         if given is None:
             continue
-        if not (hasattr(given, "dtype") or isinstance(given, (int, float, complex))):
-            raise ValueError(f"update: {name} must be a real scalar, got {given!r}")
         try:
-            shape, dtype = jnp.shape(given), jnp.result_type(given)
+            # By its type: text would be taken for the name of a dtype.
+            dtype = jnp.result_type(given if hasattr(given, "dtype") else type(given))
         except TypeError as error:
             raise ValueError(f"update: {name} must be a real scalar, got {given!r}") from error
+        shape = jnp.shape(given)
         if shape != ():
             raise ValueError(f"update: {name} must be a scalar, got shape {shape}")
         if not any(jnp.issubdtype(dtype, x) for x in (jnp.floating, jnp.integer, jnp.bool_)):

@@ -324,6 +324,7 @@ def observe(
     signals: Signals,
     last_scale: jax.Array,
     moved: jax.Array,
+    stressed: jax.Array,
     has_loss: bool,
     law: Law,
 ) -> Statistics:
@@ -334,7 +335,8 @@ def observe(
       telemetry: this step, all of it finite, with a gradient.
       signals: this step compared with the run so far.
       last_scale: the scale of the step whose overshoot was measured.
-      moved: whether there is such a step, and what it shows is to count.
+      moved: whether there is such a step.
+      stressed: whether the run was stressed then; else the scale is at 1, or on its way back.
       has_loss: whether the caller gives the loss.
       law: the constants.
 
@@ -343,6 +345,9 @@ def observe(
     """
     t = telemetry
     s = learn_loss(statistics, t.loss, signals, law) if has_loss else statistics
+    # From below what one backtrack leaves, as after PROCEED, the scale comes back no slower than a
+    # mean per squared scale forgets: what was seen there would be taken for that of whole steps.
+    moved = moved & (stressed | (last_scale >= law.cut_limit))
     # Bounded so that its square stays far inside float32, whatever a step shows.
     normalised = jnp.clip(t.overshoot / last_scale**2, -_LARGEST, _LARGEST)
     b = law.overshoot_decay

@@ -77,9 +77,9 @@ def test_8_one_loss_of_any_size_blinds_for_a_while_only(loss):
 def learn(statistics, has_loss, **known):
     """Returns the signals before one more accepted step, and the statistics after it."""
     shown = telemetry(**{"gradient_norm": 1.0, "step_norm": 1.0} | known)
-    signals = compare(statistics, shown, jnp.float32(1), has_loss, Law())
-    moved = jnp.bool_(True)
-    return signals, observe(statistics, shown, signals, jnp.float32(1), moved, has_loss, Law())
+    one, moved, stressed = jnp.float32(1), jnp.bool_(True), jnp.bool_(True)
+    signals = compare(statistics, shown, one, has_loss, Law())
+    return signals, observe(statistics, shown, signals, one, moved, stressed, has_loss, Law())
 
 
 @pytest.mark.parametrize("before", [0.0, 1e-12, 1e12, -1e12])
@@ -154,7 +154,7 @@ def over(losses, scale=1.0, every=1, slope=0.0, alignment=1.0):
         length = jnp.float32(index % every == every - 1)
         shown = telemetry(loss=loss, slope=slope * length, step_norm=length, alignment=alignment)
         signals = compare(run, shown, scale, True, Law())
-        return observe(run, shown, signals, scale, jnp.bool_(True), True, Law()), signals
+        return observe(run, shown, signals, scale, *[jnp.bool_(True)] * 2, True, Law()), signals
 
     return jax.lax.scan(step, init_statistics(), (jnp.arange(len(losses)), jnp.float32(losses)))[1]
 
@@ -302,7 +302,14 @@ def test_the_overshoot_is_learned_per_squared_scale_where_there_is_a_last_step()
     for moved, scale in ((False, 1.0), (True, 0.5)):
         signals = compare(statistics, shown, jnp.float32(scale), False, law)
         statistics = observe(
-            statistics, shown, signals, jnp.float32(scale), jnp.bool_(moved), False, law
+            statistics,
+            shown,
+            signals,
+            jnp.float32(scale),
+            jnp.bool_(moved),
+            jnp.bool_(True),
+            False,
+            law,
         )
         assert int(statistics.overshoots) == moved
         assert (float(statistics.persistence) < 1) == moved
