@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lbw_optax.law import Law
-from lbw_optax.sensing import is_inexact
+from lbw_optax.sensing import is_inexact, total
 
 NO_LIMIT = jnp.finfo(jnp.float32).max
 """Length of a step that nothing bounds."""
@@ -128,6 +128,5 @@ def _sums(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
     sizes = [jnp.abs(jnp.asarray(x, jnp.float32)) for x in leaves]
     # By rows, since the number of a large array's entries overflows int32.
     rows = [jnp.count_nonzero(x, axis=-1 if x.ndim else None) for x in sizes]
-    zero = jnp.zeros([], jnp.float32)
-    nonzero = sum((jnp.sum(x.astype(jnp.float32)) for x in rows), zero)
-    return nonzero, sum(map(jnp.sum, sizes), zero), sum((jnp.sum(x * x) for x in sizes), zero)
+    nonzero = total(jnp.sum(x.astype(jnp.float32)) for x in rows)
+    return nonzero, total(map(jnp.sum, sizes)), total(jnp.sum(x * x) for x in sizes)

@@ -43,14 +43,29 @@ def is_inexact(x: Any) -> bool:
     return jnp.issubdtype(getattr(x, "dtype", type(x)), jnp.inexact)
 
 
+def total(scalars: Iterable[jax.Array]) -> jax.Array:
+    """Adds up scalars, one of each leaf, in float32.
+
+    Behind a barrier: else the compiler writes one addition per leaf into one kernel with all that
+    follows, which took a CPU's 325 s instead of 34 with 392 arrays of 512 entries.
+    """
+    listed = [jnp.asarray(x, jnp.float32) for x in scalars]
+    if not listed:
+        return jnp.zeros([], jnp.float32)
+    return jnp.sum(jax.lax.optimization_barrier(jnp.stack(listed)))
+
+
 def inner_product(a: Any, b: Any) -> jax.Array:
     """Returns <a, b> over all floating-point leaves, accumulated in float32."""
-    products = [
-        jnp.sum(jnp.asarray(x, jnp.float32) * jnp.asarray(y, jnp.float32))
+    return total(
+        _product(x, y)
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
         if is_inexact(x) and is_inexact(y)
-    ]
-    return sum(products, jnp.zeros([], jnp.float32))
+    )
+
+
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.asarray(x, jnp.float32) * jnp.asarray(y, jnp.float32))
 
 
 def estimated_product(a: Any, b: Any, whole: Any) -> jax.Array:
@@ -69,12 +84,11 @@ def estimated_product(a: Any, b: Any, whole: Any) -> jax.Array:
     """
     if not jax.tree.leaves(a):
         return jnp.zeros([], jnp.float32)
-    products = [
-        jnp.size(z) / jnp.size(x) * inner_product(x, y)
+    return total(
+        jnp.size(z) / jnp.size(x) * _product(x, y)
         for x, y, z in zip(*map(jax.tree.leaves, (a, b, whole)), strict=True)
-        if is_inexact(y) and jnp.size(y)
-    ]
-    return sum(products, jnp.zeros([], jnp.float32))
+        if is_inexact(x) and is_inexact(y) and jnp.size(y)
+    )
 
 
 def finite_part(tree: Any) -> Any:
@@ -92,13 +106,9 @@ def has_nonfinite(x: jax.Array) -> jax.Array:
     return jnp.isnan(jnp.sum(x - x)) if is_inexact(x) else jnp.zeros([], bool)
 
 
-def _count(flags: Iterable[jax.Array]) -> jax.Array:
-    return sum(map(jnp.int32, flags), jnp.zeros([], jnp.int32))
-
-
 def count_nonfinite(tree: Any) -> jax.Array:
-    """Counts the leaves of a tree with an entry that is not finite, an int32 scalar."""
-    return _count(has_nonfinite(x) for x in jax.tree.leaves(tree) if is_inexact(x))
+    """Counts the leaves of a tree with an entry that is not finite, a float32 scalar."""
+    return total(has_nonfinite(x) for x in jax.tree.leaves(tree) if is_inexact(x))
 
 
 def became_nonfinite(old: Any, new: Any, scalars: bool) -> jax.Array:
@@ -111,9 +121,9 @@ def became_nonfinite(old: Any, new: Any, scalars: bool) -> jax.Array:
         infinite best value or error there.
 
     Returns:
-      An int32 scalar.
+      A float32 scalar.
     """
-    return _count(
+    return total(
         has_nonfinite(y) & ~has_nonfinite(x)
         for x, y in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
         if is_inexact(y) and (scalars or jnp.ndim(y) > 0)

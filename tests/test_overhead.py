@@ -13,12 +13,14 @@ from experiments.timing import contestants
 
 WIDTH, ARRAYS = 64, 2
 TINY = overhead.OverheadConfig(WIDTH, ARRAYS, rounds=2, steps=1)
+MANY = overhead.OverheadConfig(8, 5)
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """Runs the suite at a size of seconds; returns the rows of its summary."""
     monkeypatch.setitem(overhead.PRESETS, "tiny", TINY)
+    monkeypatch.setattr(overhead, "MANY", MANY)
     monkeypatch.setattr(overhead, "compile_devices", lambda count: jax.devices("cpu"))
 
     def call(*flags):
@@ -54,12 +56,13 @@ def test_bytes_on_a_tpu_that_need_not_be_there(run, monkeypatch, tmp_path):
     rows = run()
     records = json.loads((tmp_path / "overhead/tiny/runs.json").read_text())
     for name in contestants():
-        timed, compiled = records[name], records[f"{name}, TPU v0"]
+        label = f"{name}, {ARRAYS} arrays on TPU v0"
+        timed, compiled = records[name], records[label]
         seconds = compiled.pop("compile_seconds")
         assert compiled == {key: timed[key] for key in overhead.BYTES}
-        timed, compiled = rows[name], rows[f"{name}, TPU v0"]
+        timed, compiled = rows[name], rows[label]
         assert compiled == dict.fromkeys(timed, "") | {
-            "optimizer": f"{name}, TPU v0",
+            "optimizer": label,
             "compile_seconds": str(seconds),
             **{key: timed[key] for key in overhead.BYTES},
         }
