@@ -1,12 +1,15 @@
 """Sensing: what one step shows, each quantity of the entries that it is about."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import norm, normal
 
-from lbw_optax import memory
+from lbw_optax import guard, memory
 from lbw_optax.sensing import estimated_product, measure
 
 
@@ -72,3 +75,14 @@ def test_the_cosine_of_a_sample_is_a_cosine():
     step = jnp.zeros((64, 32)).at[:, 0].set(1.0).at[0].set(1.0)
     for sign in (1, -1):
         assert measured(step, sign * step, last_step=step, mode="sparse").alignment == sign
+
+
+def test_no_kernel_takes_a_sum_of_every_array():
+    """It would be compiled in a time that grows with the square of their number."""
+    params = {f"w{i}": jnp.ones((4, 4)) for i in range(40)}
+    tx = guard(optax.sgd(1e-3), memory="none")
+    step = jax.jit(lambda g, s, p: tx.update(g, s, p, value=jnp.float32(1)))
+    program = step.lower(params, tx.init(params), params).compile().as_text()
+    kernels = [x for x in re.split(r"\n(?=%|ENTRY)", program) if not x.startswith("ENTRY")]
+    assert kernels
+    assert max(len(re.findall(r" parameter\(\d+\)", x)) for x in kernels) < len(params)
