@@ -192,15 +192,14 @@ def _compiled_table(
     folder: Results, methods: dict[str, Method], device: jax.Device, config: OverheadConfig
 ) -> Table:
     """What steps take that are compiled and not run; what is not in the folder is put there."""
-    title = f"Compiled for a {device.device_kind}: {config.arrays} arrays of {config.width} x "
-    rows = []
-    for name, method in tqdm(methods.items(), title.partition(":")[0], unit="optimizer"):
+    target, rows = f"Compiled for a {device.device_kind}", []
+    for name, method in tqdm(methods.items(), target, unit="optimizer"):
         key = f"{name}, {config.arrays} arrays on {device.device_kind}"
         if key not in folder.runs:
             folder.finish(key, _compile(config, method, device)[1])
         rows.append([name, *_shown(folder.runs[key])])
     return Table(
-        f"{title}{config.width}",
+        f"{target}: {config.arrays} arrays of {config.width} x {config.width}",
         ["optimizer", *HEADING],
         rows,
         f"Compiled and not run. {EXPLAINED}",
