@@ -107,9 +107,9 @@ class Law:
     best after 1,000 steps, with 1.2 to 1.3 .04 below."""
     allowance_uneven: float = 1.5
     """Largest factor for that. At 1 a decoder over 4,096 words ends .14 above AdamW's best (eight
-    seeds), at 1.5 to 2 within .03; a smaller one over 2,048 words .10 and within .01. Over bytes, with all
-    matrices at .02, two of 394 thousand and 4.4 million end .05 and .09 above it for this, and at
-    1 .02 and .03 below."""
+    seeds), at 1.5 to 2 within .03; a smaller one over 2,048 words .10 and within .01. With all
+    matrices at .02 two decoders over bytes, of 394 thousand and 4.4 million, end .05 and .09 above
+    it for this, and at 1 .02 and .03 below."""
     trust_way: float = 0.12
     """Part of the way to the minimum of its own parabola that the absolute trust radius lets a step
     go. At 0.1 cocob needs twice its steps on a parabola; from 0.15 on networks feel the radius."""
