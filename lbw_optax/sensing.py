@@ -57,15 +57,7 @@ def total(scalars: Iterable[jax.Array]) -> jax.Array:
 
 def inner_product(a: Any, b: Any) -> jax.Array:
     """Returns <a, b> over all floating-point leaves, accumulated in float32."""
-    return total(
-        _product(x, y)
-        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-        if is_inexact(x) and is_inexact(y)
-    )
-
-
-def _product(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.asarray(x, jnp.float32) * jnp.asarray(y, jnp.float32))
+    return estimated_product(a, b, a)
 
 
 def estimated_product(a: Any, b: Any, whole: Any) -> jax.Array:
@@ -85,7 +77,9 @@ def estimated_product(a: Any, b: Any, whole: Any) -> jax.Array:
     if not jax.tree.leaves(a):
         return jnp.zeros([], jnp.float32)
     return total(
-        jnp.size(z) / jnp.size(x) * _product(x, y)
+        jnp.size(z)
+        / jnp.size(x)
+        * jnp.sum(jnp.asarray(x, jnp.float32) * jnp.asarray(y, jnp.float32))
         for x, y, z in zip(*map(jax.tree.leaves, (a, b, whole)), strict=True)
         if is_inexact(x) and is_inexact(y) and jnp.size(y)
     )

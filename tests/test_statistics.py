@@ -153,8 +153,8 @@ def over(losses, scale=1.0, every=1, slope=0.0, alignment=1.0):
         index, loss = shown
         length = jnp.float32(index % every == every - 1)
         shown = telemetry(loss=loss, slope=slope * length, step_norm=length, alignment=alignment)
-        signals = compare(run, shown, scale, True, Law())
-        return observe(run, shown, signals, scale, *[jnp.bool_(True)] * 2, True, Law()), signals
+        signals, yes = compare(run, shown, scale, True, Law()), jnp.bool_(True)
+        return observe(run, shown, signals, scale, yes, yes, True, Law()), signals
 
     return jax.lax.scan(step, init_statistics(), (jnp.arange(len(losses)), jnp.float32(losses)))[1]
 
