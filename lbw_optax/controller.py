@@ -38,7 +38,9 @@ class Controller(NamedTuple):
       nonfinites: non-finite observations in a row.
       too_long: steps in a row that were `Diagnosis.long`.
       allowance: what the norm of the parameters is multiplied with; above 1 if some of them started
-        at zero, or far smaller than the others.
+        at zero.
+      elasticity: by what share the first step lowers the loss, for each share of the parameters'
+        norm that it takes; 0 before it, and `NO_LIMIT` where it cannot be told.
     """
 
     step_scale: jax.Array  # shape=(), dtype=float32
@@ -52,6 +54,7 @@ class Controller(NamedTuple):
     nonfinites: jax.Array  # shape=(), dtype=int32
     too_long: jax.Array  # shape=(), dtype=int32
     allowance: jax.Array  # shape=(), dtype=float32
+    elasticity: jax.Array  # shape=(), dtype=float32
 
 
 def started_at_zero(controller: Controller) -> jax.Array:
@@ -73,19 +76,12 @@ def init_controller(params: Any, axis_name: Any, law: Law) -> Controller:
 
 
 def _allowance(params: Any, axis_name: Any, law: Law) -> jax.Array:
-    r"""Allows for entries that start at zero, or far smaller than a few others.
+    r"""Allows for entries that start at zero: they will get a size, but have none yet.
 
-    .. math::
+    .. math:: A = \min(n / n_0, A_0)
 
-      A &= \max(\min(n / n_0, A_0), \min(\chi n / n_e, 1 + (A_e - 1) \min(n_e / (\chi_0 n), 1)))
-        \\
-      n_e &= (\textstyle\sum |p|)^2 / \sum p^2
-
-    with :math:`n` the number of entries, :math:`n_0` that of those that are not zero,
-    :math:`A_0` = ``law.allowance_most``, :math:`\chi` = ``law.usual_carriers``, :math:`\chi_0` =
-    ``law.least_carriers`` and :math:`A_e` = ``law.allowance_uneven``. :math:`n_e` is how many equal
-    entries would have these two sums, at most :math:`n_0`. Small entries, as zeros, will get a size
-    but have none yet.
+    with :math:`n` the number of entries, :math:`n_0` that of those that are not zero, and
+    :math:`A_0` = ``law.allowance_most``.
 
     Args:
       params: the parameters; shapes without values say nothing.
@@ -94,39 +90,24 @@ def _allowance(params: Any, axis_name: Any, law: Law) -> jax.Array:
 
     Returns:
       A float32 scalar, at least 1.
-
-    References:
-      Lopes, `Estimating Unknown Sparsity in Compressed Sensing
-      <https://arxiv.org/abs/1204.4227>`_, 2013
     """
     leaves = [x for x in jax.tree.leaves(params) if is_inexact(x)]
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves):
         return jnp.float32(1)
     # Decisions are no function to differentiate, see `sensing.measure`.
     leaves = jax.lax.stop_gradient(leaves)
-    sums = (jnp.float32(sum(map(jnp.size, leaves))), *_sums(leaves))
+    sums = (jnp.float32(sum(map(jnp.size, leaves))), _nonzero(leaves))
     if axis_name is not None:
         with contextlib.suppress(NameError):  # Outside shard_map the arrays are whole.
             sums = jax.lax.psum(sums, axis_name)
-    count, nonzero, absolute, square = sums
-    zeros = jnp.minimum(count / jnp.maximum(nonzero, 1), law.allowance_most)
-    # Divided in turn: the square of the first sum would overflow long before it. And never 0 by 0,
-    # where `jax_debug_nans` would stop.
-    carriers = absolute / jnp.where(square > 0, square, 1) * absolute
-    # Squares that float32 cannot hold say nothing.
-    known = jnp.isfinite(carriers) & (carriers >= 1)
-    carriers = jnp.where(known, carriers, jnp.maximum(count, 1))
-    carried = jnp.minimum(carriers / (law.least_carriers * count), 1)
-    limit = 1 + (law.allowance_uneven - 1) * carried
-    uneven = jnp.minimum(law.usual_carriers * count / carriers, limit)
-    return jnp.where(nonzero > 0, jnp.maximum(zeros, uneven), 1.0)
+    count, nonzero = sums
+    found = jnp.minimum(count / jnp.maximum(nonzero, 1), law.allowance_most)
+    return jnp.where(nonzero > 0, found, 1.0)
 
 
-@jax.jit  # In one pass: eagerly each sum would make a copy of its array.
-def _sums(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The number of entries that are not zero, their absolute sum and that of their squares."""
-    sizes = [jnp.abs(jnp.asarray(x, jnp.float32)) for x in leaves]
+@jax.jit  # In one pass: eagerly each count would make a copy of its array.
+def _nonzero(leaves: list[jax.Array]) -> jax.Array:
+    """The number of entries that are not zero."""
     # By rows, since the number of a large array's entries overflows int32.
-    rows = [jnp.count_nonzero(x, axis=-1 if x.ndim else None) for x in sizes]
-    nonzero = total(jnp.sum(x.astype(jnp.float32)) for x in rows)
-    return nonzero, total(map(jnp.sum, sizes)), total(jnp.sum(x * x) for x in sizes)
+    rows = [jnp.count_nonzero(x, axis=-1 if jnp.ndim(x) else None) for x in leaves]
+    return total(jnp.sum(x.astype(jnp.float32)) for x in rows)

@@ -45,8 +45,8 @@ def step_bounds(
     with :math:`\rho` = ``law.relative_step``, :math:`\rho_0` = ``law.relative_step_start``,
     :math:`\alpha` = ``law.relative_step_power``, :math:`w` = ``reach``, :math:`f` the trust radius,
     :math:`R` = ``limits.relative_step_limit``, :math:`n` the number of parameters, :math:`A` the
-    controller's ``allowance`` for those that started at zero or far smaller than the others, and
-    :math:`u_1` its ``first_length``: the long steps of the start are for runs that start with one.
+    controller's ``allowance`` for those that started at zero, and :math:`u_1` its
+    ``first_length``: the long steps of the start are for runs that start with one.
 
     Args:
       controller: the policy's memory.

@@ -17,8 +17,6 @@ _SHARES = (
     "gradient_fall",
     "spike_share",
     "share_least",
-    "usual_carriers",
-    "least_carriers",
     "persistence",
     "calm_ratio",
     "slack",
@@ -34,7 +32,7 @@ _FACTORS = (
     "release",
     "rise_limit",
     "allowance_most",
-    "allowance_uneven",
+    "share_most",
     "trust_growth",
     "collapse_ratio",
     "spike_ratio",
@@ -95,21 +93,6 @@ class Law:
     """Largest factor on the parameters' norm for those that start at zero. LoRA has about 2; a
     softmax regression from zero with its bias at the class prior would have 33, no envelope at all,
     and ends .03 above its best with this limit where it ended .2 to 2.1 above."""
-    usual_carriers: float = 0.37
-    """Share of the entries that carries the norm (the square of their mean size over their mean
-    square) below which steps may be longer: a part of them started too small. It is .64 where all
-    are drawn from one Gaussian, .45 in pretrained decoders, .37 in the smallest one from scratch
-    over bytes, and .21 to .26 where most entries are embeddings over 4,096 words."""
-    least_carriers: float = 0.2
-    """Share below which the limit on that falls in proportion: a few entries say little about the
-    others. It is .08 to .1 where the gains of norms stand beside matrices that all start at .02.
-    With all of the limit such a decoder of 63 thousand parameters ends .05 to .08 above AdamW's
-    best after 1,000 steps, with 1.2 to 1.3 .04 below."""
-    allowance_uneven: float = 1.5
-    """Largest factor for that. At 1 a decoder over 4,096 words ends .14 above AdamW's best (eight
-    seeds), at 1.5 to 2 within .03; a smaller one over 2,048 words .10 and within .01. With all
-    matrices at .02 two decoders over bytes, of 394 thousand and 4.4 million, end .05 and .09 above
-    it for this, and at 1 .02 and .03 below."""
     trust_way: float = 0.12
     """Part of the way to the minimum of its own parabola that the absolute trust radius lets a step
     go. At 0.1 cocob needs twice its steps on a parabola; from 0.15 on networks feel the radius."""
@@ -221,22 +204,24 @@ class Law:
 
     # Policy: how the scale moves.
     share_size: float = 15_625.0
-    """Number of parameters up to which the latch holds a step under stress at all of the healthy
-    length; in larger networks at a share of it that falls with the fourth root of their number, .5
-    at 250 thousand. A start below the best learning rate, from which the earned factor can grow, is
-    a warm-up. With .7 for all, decoders from scratch of 200 to 860 thousand parameters end .02 to
+    """Number of parameters up to which the latch leaves a step under stress all of the healthy
+    length; in larger networks a share of it that falls with the fourth root of their number, .5 at
+    250 thousand. A start below the best learning rate, from which the earned factor can grow, is a
+    warm-up. With .7 for all, decoders from scratch of 200 to 860 thousand parameters end .02 to
     .07 above AdamW's best, and one of 20 thousand .02 higher than now."""
     share_least: float = 0.2
     """Least such share, that of 10 million parameters. From scratch .5 is too much for 862
     thousand and 4.4 million, which end .03 and .02 above AdamW's best; nothing larger was
     measured."""
-    allowance_share: float = 0.5
-    """As the allowance goes from 1 to 2, that share rises from this, or from less in networks that
-    have less, to 1. LoRA has 2: it warms up by itself because its product starts at zero. With .7
-    of the healthy length four LoRA tasks of 300 steps end .003 to .012 higher, three of 1,000 up to
-    .008, two of 3,000 up to .014. Over 4,096 words a decoder gets .71 of it; with .64 it ends .03
-    above AdamW's best. One over bytes with all matrices at .02 and an allowance of 1.5 ended .06
-    above it with .84."""
+    share_elasticity: float = 1.25
+    """Elasticity of the loss, the share of it by which the first step leads down for each share of
+    the parameters' norm that it takes, at which that share is 1; else it goes with the inverse
+    square root, where that is more than what the size gives. It is .4 to .9 in decoders over 4,096
+    words, .9 to 1.3 in LoRA, and 1.3 to 33 in decoders over bytes of 20 thousand to 4.4 million
+    parameters. Without it one over 4,096 words ends .14 above AdamW's best, and one of 20 thousand
+    with all matrices at .02 ends .02 higher."""
+    share_most: float = 2.0
+    """Largest such share: that of an elasticity of .3, where the smallest measured was .4."""
     slack: float = 0.25
     """Least share of that length which the latch leaves. Adam shortens its own steps by 4.4 =
     sqrt((1 + b1) / (1 - b1)) for b1 = 0.9; a step below it means that the stress is over. At 0.5

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lbw_optax.controller import Controller, Limits, started_at_zero
+from lbw_optax.controller import NO_LIMIT, Controller, Limits, started_at_zero
 from lbw_optax.envelope import Envelope, next_first_length, next_trust_radius
 from lbw_optax.interpretation import Cause, Diagnosis, Regime
 from lbw_optax.law import Law
@@ -62,8 +62,9 @@ def decide(
 
     .. math::
 
-      \eta_n &= \mathrm{clip}((N / n)^{1/4}, \eta_0, 1), \quad b = \min(\eta_n, \mu) \\
-      \eta &= \max(\eta_n, b + (1 - b) \min(A - 1, 1)), \quad
+      E &= -\langle g_1, u_1 \rangle \|p_1\| / (\|u_1\| |L_1|), \quad
+        \eta_n = \mathrm{clip}((N / n)^{1/4}, \eta_0, 1) \\
+      \eta &= \max(\eta_n + (1 - \eta_n) \min(A - 1, 1), \min(\sqrt{E_0 / E}, \eta_1)), \quad
         r_t = \eta \, \text{healthy}_t / \|u_t\| \\
       \ell_t &= \min(1, \mathrm{clip}(\ell_{t-1}, \lambda r_t, r_t)) \\
       h_t &= h_{t-1} \cdot \begin{cases}
@@ -75,11 +76,13 @@ def decide(
 
     with :math:`\ell` the latch, :math:`h` the earned factor, :math:`q \pm e_q` the mean overshoot
     per squared scale and its standard error, :math:`\bar a` the mean slope, :math:`\theta` the
-    bearable overshoot, :math:`\eta_0` = ``law.share_least``, :math:`N` = ``law.share_size``,
-    :math:`n` the number of parameters, :math:`\mu` = ``law.allowance_share``, :math:`A` the
-    controller's ``allowance``, :math:`\lambda` = ``law.slack``, :math:`\gamma` = ``law.growth``,
-    :math:`\beta` = ``law.earn_straight``, :math:`G` = ``law.rise_limit`` and :math:`s_0` =
-    ``limits.min_scale``. The latch holds the scale, not the step: the inner optimizer's own
+    bearable overshoot, :math:`n` the number of parameters, :math:`E` the controller's
+    ``elasticity``, that of the first step, and :math:`A` its ``allowance``, :math:`N` =
+    ``law.share_size``, :math:`\eta_0` = ``law.share_least``, :math:`E_0` =
+    ``law.share_elasticity``, :math:`\eta_1` = ``law.share_most``, :math:`\lambda` = ``law.slack``,
+    :math:`\gamma` = ``law.growth``, :math:`\beta` = ``law.earn_straight``, :math:`G` =
+    ``law.rise_limit`` and :math:`s_0` = ``limits.min_scale``. Where the elasticity cannot be told,
+    its term is 0. The latch holds the scale, not the step: the inner optimizer's own
     shortening of its steps survives. What is productive and where the edge of stability is
     stands in `Signals`.
 
@@ -149,6 +152,7 @@ def decide(
         rejections=jnp.where(taken, 0, c.rejections + 1),
         nonfinites=jnp.where(nonfinite, c.nonfinites + 1, 0),
         allowance=c.allowance,
+        elasticity=jnp.where(moved & ~nonfinite, _elasticity(c, t, law), c.elasticity),
         too_long=jnp.where(moved, jnp.where(diagnosis.long, c.too_long + 1, 0), c.too_long),
     )
     command = Command(
@@ -236,13 +240,26 @@ def _name(
     return action, cause
 
 
+def _elasticity(controller: Controller, telemetry: Telemetry, law: Law) -> jax.Array:
+    """By what share of it the first step lowers the loss, per share of the parameters' norm."""
+    t = telemetry
+    # Without a loss, and of parameters without a size, nothing can be told.
+    sized = t.parameter_norm > law.unset_size * jnp.sqrt(t.size)
+    known = sized & (t.slope < 0) & (t.step_norm > 0) & (t.loss != 0)
+    steepness = -t.slope / jnp.where(known, t.step_norm, 1)
+    found = steepness * (t.parameter_norm / jnp.where(known, jnp.abs(t.loss), 1))
+    found = jnp.clip(jnp.where(known, found, NO_LIMIT), jnp.finfo(jnp.float32).tiny, NO_LIMIT)
+    return jnp.where(controller.elasticity > 0, controller.elasticity, found)
+
+
 def _share(controller: Controller, telemetry: Telemetry, law: Law) -> jax.Array:
-    """How much of the healthy length a step may have under stress, in (0, 1]."""
+    """How much of the healthy length a step may have under stress."""
     # At a given depth the number of parameters grows with the square of the width, and the best
     # relative step falls with the square root of the width.
     sized = jnp.clip((law.share_size / telemetry.size) ** 0.25, law.share_least, 1)
-    start = jnp.minimum(sized, law.allowance_share)
-    return jnp.maximum(sized, start + (1 - start) * started_at_zero(controller))
+    elasticity = _elasticity(controller, telemetry, law)
+    inelastic = jnp.minimum(jnp.sqrt(law.share_elasticity / elasticity), law.share_most)
+    return jnp.maximum(sized + (1 - sized) * started_at_zero(controller), inelastic)
 
 
 def _regulate(

@@ -1,4 +1,4 @@
-"""What a fresh controller knows of the parameters: how many carry their norm."""
+"""What a fresh controller knows of the parameters: how many start at zero."""
 
 import hypothesis
 import hypothesis.extra.numpy as npst
@@ -34,33 +34,9 @@ def test_what_starts_at_zero_counts_by_entry():
     assert allowance({"a": whole}) == allowance({"a": whole[:2], "b": whole[2:]}) == 2
 
 
-def test_steps_may_be_longer_where_a_few_entries_carry_the_norm():
-    params = {"a": jnp.ones(30), "b": jnp.full(70, 0.01)}
-    carriers = (30 + 0.7) ** 2 / (30 + 0.007)
-    assert allowance(params) == pytest.approx(LAW.usual_carriers * 100 / carriers)
-    assert allowance(params, usual_carriers=0.3) == 1
-    assert allowance(params, allowance_uneven=1.0) == 1
-    assert allowance({"a": jnp.ones(22), "b": jnp.full(78, 0.01)}) == LAW.allowance_uneven
-
-
-def test_the_fewer_carry_the_norm_the_less_they_say_of_the_others():
-    params = {"gains": jnp.ones(2), "w": jnp.full(98, 0.01)}
-    carriers = (2 + 0.98) ** 2 / (2 + 0.0098)
-    part = carriers / 100 / LAW.least_carriers
-    assert allowance(params) == pytest.approx(1 + (LAW.allowance_uneven - 1) * part)
-    assert allowance(params, least_carriers=0.01) == LAW.allowance_uneven
-
-
-def test_small_entries_are_no_more_than_zeros():
-    zeros = {"a": jnp.ones(30), "b": jnp.zeros(70)}
-    small = {"a": jnp.ones(30), "b": jnp.full(70, 1e-6)}
-    assert allowance(small) < allowance(zeros) == pytest.approx(100 / 30)
-
-
-@pytest.mark.parametrize("draw", ["normal", "uniform", "laplace"])
-def test_entries_of_one_distribution_are_usual(draw):
-    p = getattr(np.random.default_rng(0), draw)(size=(64, 64)) - 0.5 * (draw == "uniform")
-    assert allowance({"w": jnp.asarray(p, jnp.float32)}) == 1
+def test_small_entries_are_not_zeros():
+    assert allowance({"a": jnp.ones(30), "b": jnp.full(70, 1e-6)}) == 1
+    assert allowance({"a": jnp.ones(30), "b": jnp.zeros(70)}) == pytest.approx(100 / 30)
 
 
 @hypothesis.given(
@@ -78,17 +54,16 @@ def test_neither_the_tree_nor_the_unit_of_the_parameters_matters(p, cut, unit):
 
 
 @pytest.mark.parametrize("entry", [1e38, 1e-30, np.nan, np.inf])
-def test_sizes_that_float32_cannot_square_allow_nothing(entry):
-    assert allowance(jnp.asarray([entry, 1.0, 1.0], jnp.float32)) == 1
-    assert allowance(jnp.full(9, entry, jnp.float32)) == 1
+def test_sizes_that_float32_cannot_square_are_sizes(entry):
+    assert allowance(jnp.asarray([entry, 1.0, 0.0, 0.0], jnp.float32)) == 2
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_sums_are_float32_whatever_the_parameters_are(dtype):
-    p = jnp.concatenate([normal(3000), 0.01 * normal(9000)])
+def test_the_count_is_float32_whatever_the_parameters_are(dtype):
+    p = jnp.concatenate([1 + normal(3000) ** 2, jnp.zeros(900)])
     found = init_controller({"w": p.astype(dtype)}, None, LAW).allowance
     assert found.dtype == jnp.float32
-    assert 1 < float(found) == pytest.approx(allowance(p), rel=0.01)
+    assert float(found) == pytest.approx(1.3)
 
 
 def test_shapes_without_values_say_nothing():

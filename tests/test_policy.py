@@ -38,11 +38,12 @@ def decided(before, regime, diagnosis, shown, run):
     )
 
 
-def steered(length=0.0, regime=Regime.STRESS, before=None, size=SIZE, **known):
+def steered(length=0.0, regime=Regime.STRESS, before=None, shown=None, **known):
     """The controller after a step without alarm; `length` is in units of the latch's."""
     before = {"step_scale": LATCH, "latch": LATCH, "last_length": 1.0} | (before or {})
     finite = dict.fromkeys(("gradient_finite", "loss_finite", "step_finite"), jnp.bool_(True))
-    shown = telemetry(step_norm=length * SHARE / LATCH, size=size)._replace(**finite)
+    step = {"step_norm": length * SHARE / LATCH, "size": SIZE} | (shown or {})
+    shown = telemetry(**step)._replace(**finite)
     run, pressure = signals(**known), shown.step_norm / HEALTHY
     diagnosis = diagnose(shown, run, pressure, jnp.int32(0), jnp.bool_(True), True, LAW)
     return decided(before, regime, diagnosis, shown, run)[1]
@@ -80,10 +81,10 @@ def test_steps_that_end_on_a_slope_are_earned_back_up_to_the_latch_alone():
     assert earned(1.0, **STRAIGHT) == pytest.approx(1, rel=1e-6)
 
 
-def share_under_stress(**known):
+def share_under_stress(before=None, **shown):
     """The share of the healthy length that is left of a step under stress."""
     length = 20.0
-    return float(steered(length, **known).latch) * length * SHARE / LATCH
+    return float(steered(length, before=before, shown=shown).latch) * length * SHARE / LATCH
 
 
 @pytest.mark.parametrize(
@@ -91,11 +92,9 @@ def share_under_stress(**known):
 )
 def test_parameters_that_start_at_zero_get_a_larger_share_of_the_healthy_length(allowance, share):
     before = {"allowance": allowance}
-    assert share_under_stress(before=before) == pytest.approx(share)
-    # A small network has more than these at first, and a large one less.
-    assert share_under_stress(before=before, size=SIZE / 4) == pytest.approx(max(share, 0.5**0.5))
+    assert share_under_stress(before) == pytest.approx(share)
     large = 0.25 + 0.75 * min(allowance - 1, 1)
-    assert share_under_stress(before=before, size=SIZE * 16) == pytest.approx(large)
+    assert share_under_stress(before, size=SIZE * 16) == pytest.approx(large)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +103,49 @@ def test_parameters_that_start_at_zero_get_a_larger_share_of_the_healthy_length(
 )
 def test_the_larger_a_network_the_smaller_its_share_of_the_healthy_length(times, share):
     assert share_under_stress(size=times * LAW.share_size) == pytest.approx(share)
+
+
+STEP_NORM = 20 * SHARE / LATCH
+FIRST = {"slope": -LAW.share_elasticity * STEP_NORM, "parameter_norm": 600.0, "loss": 600.0}
+"""A first step that may have all of the healthy length."""
+
+
+@pytest.mark.parametrize(
+    ("times", "share"),
+    [(1e-30, LAW.share_most), (0.3, 0.3**-0.5), (1, 1), (2, 0.5**0.5), (4, SHARE), (1e30, SHARE)],
+)
+def test_the_less_elastic_the_loss_the_longer_the_steps_under_stress(times, share):
+    assert share_under_stress(**FIRST | {"slope": times * FIRST["slope"]}) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("unit", [1e-20, -1.0, 1e20])
+def test_neither_the_unit_nor_the_sign_of_the_loss_matters_to_elasticity(unit):
+    shown = {"slope": abs(unit) * FIRST["slope"], "loss": unit * FIRST["loss"]}
+    assert share_under_stress(**FIRST | shown) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [{"loss": 0.0}, {"slope": 0.0}, {"slope": 1.0}, {"parameter_norm": 1e-3}],
+    ids=["no loss", "no slope", "uphill", "no size"],
+)
+def test_without_an_elasticity_the_number_of_parameters_decides(shown):
+    assert share_under_stress(**FIRST | shown) == pytest.approx(SHARE)
+    after = steered(20.0, shown=FIRST | shown)
+    assert np.isfinite(after.elasticity)
+    assert after.elasticity > 0
+
+
+def test_elasticity_is_that_of_the_first_step_that_is_taken():
+    first = {"elasticity": LAW.share_elasticity / 4}
+    assert share_under_stress(first, **FIRST) == pytest.approx(LAW.share_most)
+    shown = {"step_norm": STEP_NORM} | FIRST
+    known = pytest.approx(LAW.share_elasticity)
+    assert answered(shown=shown)[1].elasticity == known
+    for rejected in (Cause.NONFINITE_GRADIENT, Cause.GRADIENT_SPIKE):
+        assert answered(rejected, shown=shown)[1].elasticity == 0
+    assert answered(shown=shown, found={"empty": True})[1].elasticity == 0
+    assert answered(Cause.GRADIENT_SPIKE, shown=shown, **first)[1].elasticity == first["elasticity"]
 
 
 @pytest.mark.parametrize(("length", "latch"), [(2.0, 0.5), (1.0, 1.0), (0.5, 1.0), (0.1, 2.5)])

@@ -58,7 +58,8 @@ SWITCHED_OFF: dict[str, dict[str, float]] = {
     "no backtrack for overshoot": {"backtrack_noise": OFF},
     "no backtrack at all": {"backtrack_noise": OFF, "jump_noise": OFF},
     "no trust radius": {"trust_way": 1e-9},
-    "no allowance for zeros and small entries": {"allowance_most": 1.0, "allowance_uneven": 1.0},
+    "no allowance for zeros": {"allowance_most": 1.0},
+    "no elasticity": {"share_elasticity": 1e-9},
     "no earned growth": {"earned_most": 1.0},
     "no earned annealing": {"earned_least": 1.0},
     "no persistence": {"persistence": 1e-6},
@@ -72,7 +73,7 @@ SCALED = tuple(field.name for field in dataclasses.fields(lbw_optax.Law))
 MEMORIES = ("loss_decay", "trend_decay", "noise_decay", "overshoot_decay", "persistence")
 """Decays: what is halved and doubled is the number of steps that they last, 1 / (1 - decay)."""
 
-NEAR_ONE = ("growth", "release", "rise_limit", "trust_growth", "allowance_uneven")
+NEAR_ONE = ("growth", "release", "rise_limit", "trust_growth")
 """Factors near 1: what is halved and doubled is their distance from it."""
 
 
