@@ -97,13 +97,15 @@ def next_first_length(controller: Controller, telemetry: Telemetry, law: Law) ->
     return jnp.where(first >= NO_LIMIT, length, jnp.where(grown, 0, first))
 
 
+def have_size(telemetry: Telemetry, law: Law) -> jax.Array:
+    """Returns whether the parameters have a size, so that a relative step says something."""
+    return telemetry.parameter_norm > law.unset_size * jnp.sqrt(telemetry.size)
+
+
 def _trust_radius(controller: Controller, telemetry: Telemetry, law: Law) -> jax.Array:
     """At first everything if the parameters have no size yet, else what any step may have."""
-    start = jnp.where(
-        telemetry.parameter_norm <= law.unset_size * jnp.sqrt(telemetry.size),
-        NO_LIMIT,
-        law.relative_step * telemetry.parameter_norm,
-    )
+    relative = law.relative_step * telemetry.parameter_norm
+    start = jnp.where(have_size(telemetry, law), relative, NO_LIMIT)
     return jnp.where(controller.trust_radius > 0, controller.trust_radius, start)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lbw_optax.controller import NO_LIMIT, Controller, Limits, started_at_zero
-from lbw_optax.envelope import Envelope, next_first_length, next_trust_radius
+from lbw_optax.envelope import Envelope, have_size, next_first_length, next_trust_radius
 from lbw_optax.interpretation import Cause, Diagnosis, Regime
 from lbw_optax.law import Law
 from lbw_optax.sensing import Telemetry
@@ -106,7 +106,10 @@ def decide(
     taken = ~rejected | exhausted
 
     # How long?
-    latch, earned = _regulate(c, regime, t, signals, bounds, law)
+    elasticity = _elasticity(c, t, law)
+    longest = _share(c, t, elasticity, law) * bounds.healthy
+    room = longest / jnp.where(t.step_norm > 0, t.step_norm, bounds.healthy)
+    latch, earned = _regulate(c, regime, room, signals, law)
     # What is left of a step that did harm: so much that it would have overshot by little.
     left = law.cut_noise * signals.noise / jnp.where(t.overshoot > 0, t.overshoot, jnp.inf)
     keep = jnp.where(harm, jnp.clip(jnp.sqrt(left), law.cut_limit, law.cut), law.cut)
@@ -152,7 +155,7 @@ def decide(
         rejections=jnp.where(taken, 0, c.rejections + 1),
         nonfinites=jnp.where(nonfinite, c.nonfinites + 1, 0),
         allowance=c.allowance,
-        elasticity=jnp.where(moved & ~nonfinite, _elasticity(c, t, law), c.elasticity),
+        elasticity=jnp.where(moved & ~nonfinite, elasticity, c.elasticity),
         too_long=jnp.where(moved, jnp.where(diagnosis.long, c.too_long + 1, 0), c.too_long),
     )
     command = Command(
@@ -244,20 +247,20 @@ def _elasticity(controller: Controller, telemetry: Telemetry, law: Law) -> jax.A
     """By what share of it the first step lowers the loss, per share of the parameters' norm."""
     t = telemetry
     # Without a loss, and of parameters without a size, nothing can be told.
-    sized = t.parameter_norm > law.unset_size * jnp.sqrt(t.size)
-    known = sized & (t.slope < 0) & (t.step_norm > 0) & (t.loss != 0)
+    known = have_size(t, law) & (t.slope < 0) & (t.step_norm > 0) & (t.loss != 0)
     steepness = -t.slope / jnp.where(known, t.step_norm, 1)
     found = steepness * (t.parameter_norm / jnp.where(known, jnp.abs(t.loss), 1))
     found = jnp.clip(jnp.where(known, found, NO_LIMIT), jnp.finfo(jnp.float32).tiny, NO_LIMIT)
     return jnp.where(controller.elasticity > 0, controller.elasticity, found)
 
 
-def _share(controller: Controller, telemetry: Telemetry, law: Law) -> jax.Array:
+def _share(
+    controller: Controller, telemetry: Telemetry, elasticity: jax.Array, law: Law
+) -> jax.Array:
     """How much of the healthy length a step may have under stress."""
     # At a given depth the number of parameters grows with the square of the width, and the best
     # relative step falls with the square root of the width.
     sized = jnp.clip((law.share_size / telemetry.size) ** 0.25, law.share_least, 1)
-    elasticity = _elasticity(controller, telemetry, law)
     inelastic = jnp.minimum(jnp.sqrt(law.share_elasticity / elasticity), law.share_most)
     return jnp.maximum(sized + (1 - sized) * started_at_zero(controller), inelastic)
 
@@ -265,15 +268,15 @@ def _share(controller: Controller, telemetry: Telemetry, law: Law) -> jax.Array:
 def _regulate(
     controller: Controller,
     regime: jax.Array,
-    telemetry: Telemetry,
+    room: jax.Array,
     signals: Signals,
-    bounds: Envelope,
     law: Law,
 ) -> tuple[jax.Array, jax.Array]:
-    """Moves latch and earned factor: by the control law under stress, else back to 1."""
-    c, t, s = controller, telemetry, signals
-    longest = _share(c, t, law) * bounds.healthy
-    room = longest / jnp.where(t.step_norm > 0, t.step_norm, bounds.healthy)
+    """Moves latch and earned factor: by the control law under stress, else back to 1.
+
+    `room` is the scale at which the step has all the length that it may have under stress.
+    """
+    c, s = controller, signals
     latch = jnp.minimum(jnp.clip(c.latch, law.slack * room, room), 1)
     straight = -s.overshoot * c.step_scale > law.earn_straight * s.slope
     too_short = straight & (s.overshoot + 2 * s.overshoot_error < 0)

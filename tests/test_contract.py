@@ -426,11 +426,12 @@ def test_shard_map_with_checked_replication():
     assert_same_decisions(jax.device_get(state), run("adamw", stream())[-1][1])
 
 
-def test_what_starts_at_zero_is_counted_over_all_devices():
+@pytest.mark.parametrize("small", [0.0, 0.01])
+def test_what_starts_small_is_counted_over_all_devices(small):
     """The last shard of a padded embedding is all zeros: still one controller everywhere."""
     mesh = on_mesh(AxisType.Auto)
     tx = guard(optax.sgd(1e-3), axis_name="x")
-    p = jnp.asarray(np.r_[np.ones((5, 2)), np.zeros((11, 2))], jnp.float32)
+    p = jnp.asarray(np.r_[np.ones((5, 2)), np.full((9, 2), small), np.zeros((2, 2))], jnp.float32)
     inside = jax.shard_map(
         lambda p: tx.init(p).controller.allowance[None],
         mesh=mesh,

@@ -93,6 +93,9 @@ def share_under_stress(before=None, **shown):
 def test_parameters_that_start_at_zero_get_a_larger_share_of_the_healthy_length(allowance, share):
     before = {"allowance": allowance}
     assert share_under_stress(before) == pytest.approx(share)
+    # A small network has more than these at first, and a large one less.
+    small = 0.5**0.5 + (1 - 0.5**0.5) * min(allowance - 1, 1)
+    assert share_under_stress(before, size=SIZE / 4) == pytest.approx(small)
     large = 0.25 + 0.75 * min(allowance - 1, 1)
     assert share_under_stress(before, size=SIZE * 16) == pytest.approx(large)
 
