@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from lbw_optax.controller import NO_LIMIT, Controller, Limits, started_at_zero
 from lbw_optax.law import Law
 from lbw_optax.sensing import Telemetry
+from lbw_optax.statistics import Signals
 
 
 class Envelope(NamedTuple):
@@ -27,8 +28,7 @@ class Envelope(NamedTuple):
 def step_bounds(
     controller: Controller,
     telemetry: Telemetry,
-    observations: jax.Array,
-    reach: jax.Array,
+    signals: Signals,
     has_params: bool,
     law: Law,
     limits: Limits,
@@ -43,16 +43,16 @@ def step_bounds(
         \text{hard} = R \max(\|p\|, \sqrt{n})
 
     with :math:`\rho` = ``law.relative_step``, :math:`\rho_0` = ``law.relative_step_start``,
-    :math:`\alpha` = ``law.relative_step_power``, :math:`w` = ``reach``, :math:`f` the trust radius,
-    :math:`R` = ``limits.relative_step_limit``, :math:`n` the number of parameters, :math:`A` the
-    controller's ``allowance`` for those that started at zero, and :math:`u_1` its
-    ``first_length``: the long steps of the start are for runs that start with one.
+    :math:`\alpha` = ``law.relative_step_power``, :math:`t` the accepted observations so far,
+    :math:`w` the reach, :math:`f` the trust radius, :math:`R` = ``limits.relative_step_limit``,
+    :math:`n` the number of parameters, :math:`A` the controller's ``allowance`` for those that
+    started at zero, and :math:`u_1` its ``first_length``: the long steps of the start are for runs
+    that start with one.
 
     Args:
       controller: the policy's memory.
       telemetry: this step.
-      observations: accepted observations so far.
-      reach: how much longer steps may be because they do not add up.
+      signals: this step compared with the run so far.
       has_params: whether the caller gives the parameters; without them nothing bounds a step.
       law: the constants.
       limits: the hard limits.
@@ -63,14 +63,14 @@ def step_bounds(
     if not has_params:
         unbounded = jnp.full([], NO_LIMIT, jnp.float32)
         return Envelope(unbounded, unbounded, unbounded)
-    t = telemetry
+    t, reach = telemetry, signals.reach
 
     def length(share):
         # An infinite share is a threshold that is switched off; no length is infinite.
         share = jnp.minimum(share, NO_LIMIT / 4)
         return jnp.minimum(share * reach * t.parameter_norm * controller.allowance, NO_LIMIT)
 
-    falling = (observations.astype(jnp.float32) + 1) ** -law.relative_step_power
+    falling = (signals.observations.astype(jnp.float32) + 1) ** -law.relative_step_power
     start = length(law.relative_step_start * falling)
     started = jnp.minimum(start, controller.first_length)
     early = jnp.maximum(started, started_at_zero(controller) * start)

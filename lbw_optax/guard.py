@@ -188,15 +188,7 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
         signals = statistics.compare(state.statistics, telemetry, last_scale, has_loss, law)
 
         # Interpret.
-        bounds = envelope.step_bounds(
-            state.controller,
-            telemetry,
-            state.statistics.observations,
-            signals.reach,
-            has_params,
-            law,
-            limits,
-        )
+        bounds = envelope.step_bounds(state.controller, telemetry, signals, has_params, law, limits)
         pressure = telemetry.step_norm / bounds.healthy
         diagnosis = interpretation.diagnose(
             telemetry, signals, pressure, state.controller.too_long, moved, can_undo, law

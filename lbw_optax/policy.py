@@ -66,7 +66,7 @@ def decide(
         \eta_n = \mathrm{clip}((N / n)^{1/4}, \eta_0, 1) \\
       \eta &= \max(\eta_n + (1 - \eta_n) \min(A - 1, 1), \min(\sqrt{E_0 / E}, \eta_1)), \quad
         r_t = \eta \, \text{healthy}_t / \|u_t\| \\
-      \ell_t &= \min(1, \mathrm{clip}(\ell_{t-1}, \lambda r_t, r_t)) \\
+      \ell_t &= \min(1, \mathrm{clip}(\ell_{t-1} (1 + m / t), \lambda r_t, r_t)) \\
       h_t &= h_{t-1} \cdot \begin{cases}
         \gamma & q + 2 e_q < 0 \text{ and } -q s > \beta \bar a \\
         1 / \gamma & (q - e_q) s^2 > \theta \text{, neither productive nor at the edge} \\
@@ -74,17 +74,18 @@ def decide(
         \ell_t h_t \le r_t \\
       s_t &= \max(s_0, \min(1, \ell_t h_t, G s_{t-1}, \text{hard}_t / \|u_t\|))
 
-    with :math:`\ell` the latch, :math:`h` the earned factor, :math:`q \pm e_q` the mean overshoot
-    per squared scale and its standard error, :math:`\bar a` the mean slope, :math:`\theta` the
-    bearable overshoot, :math:`n` the number of parameters, :math:`E` the controller's
-    ``elasticity``, that of the first step, and :math:`A` its ``allowance``, :math:`N` =
-    ``law.share_size``, :math:`\eta_0` = ``law.share_least``, :math:`E_0` =
-    ``law.share_elasticity``, :math:`\eta_1` = ``law.share_most``, :math:`\lambda` = ``law.slack``,
-    :math:`\gamma` = ``law.growth``, :math:`\beta` = ``law.earn_straight``, :math:`G` =
-    ``law.rise_limit`` and :math:`s_0` = ``limits.min_scale``. Where the elasticity cannot be told,
-    its term is 0. The latch holds the scale, not the step: the inner optimizer's own
-    shortening of its steps survives. What is productive and where the edge of stability is
-    stands in `Signals`.
+    with :math:`\ell` the latch, :math:`m` 1 after a warm-up and else 0, :math:`h` the earned
+    factor, :math:`q \pm e_q` the mean overshoot per squared scale and its standard error,
+    :math:`\bar a` the mean slope, :math:`\theta` the bearable overshoot, :math:`n` the number of
+    parameters, :math:`E` the controller's ``elasticity``, that of the first step, and :math:`A` its
+    ``allowance``, :math:`N` = ``law.share_size``, :math:`\eta_0` = ``law.share_least``,
+    :math:`E_0` = ``law.share_elasticity``, :math:`\eta_1` = ``law.share_most``, :math:`\lambda` =
+    ``law.slack``, :math:`\gamma` = ``law.growth``, :math:`\beta` = ``law.earn_straight``, :math:`G`
+    = ``law.rise_limit`` and :math:`s_0` = ``limits.min_scale``. Where the elasticity cannot be
+    told, its term is 0. The latch holds the scale, not the step: the inner optimizer's own
+    shortening of its steps survives. After a warm-up it rises with the age :math:`t` of the run,
+    as far as there is room. What is productive and where the edge of stability is stands in
+    `Signals`.
 
     Args:
       controller: the policy's memory.
@@ -277,7 +278,12 @@ def _regulate(
     `room` is the scale at which the step has all the length that it may have under stress.
     """
     c, s = controller, signals
-    latch = jnp.minimum(jnp.clip(c.latch, law.slack * room, room), 1)
+    # At a constant rate Adam's first step is the longest, and what it needs shows in it. A warm-up
+    # ends among steps of any length, and a schedule goes on from there: what the longest needed is
+    # forgotten as the run gets older, on the scale on which a schedule acts.
+    warmed = c.first_length == 0
+    aged = 1 + jnp.where(warmed, 1 / jnp.maximum(s.observations, 1), 0)
+    latch = jnp.minimum(jnp.clip(aged * c.latch, law.slack * room, room), 1)
     straight = -s.overshoot * c.step_scale > law.earn_straight * s.slope
     too_short = straight & (s.overshoot + 2 * s.overshoot_error < 0)
     costly = (s.overshoot - s.overshoot_error) * c.step_scale**2 > s.bearable

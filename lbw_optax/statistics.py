@@ -76,6 +76,7 @@ class Signals(NamedTuple):
     """What the statistics say before this step is added to them, each a scalar.
 
     Attributes:
+      observations: how many observations were accepted so far, the age of the run.
       noise: standard deviation of the loss, the yardstick of the overshoot; without the loss, what
         stands for it. This, `innovation`, `bearable` and `slope` have the unit of the loss.
       innovation: loss minus its mean; 0 without the loss.
@@ -93,6 +94,7 @@ class Signals(NamedTuple):
       scaled_edge: whether steps at the scale in force are.
     """
 
+    observations: jax.Array  # shape=(), dtype=int32
     noise: jax.Array  # shape=(), dtype=float32
     innovation: jax.Array  # shape=(), dtype=float32
     reach: jax.Array  # shape=(), dtype=float32
@@ -182,6 +184,7 @@ def compare(
     ratio = t.gradient_norm / jnp.where(s.gradient_mean > 0, s.gradient_mean, jnp.inf)
     warmup = jnp.maximum(law.gradient_warmup / jnp.maximum(n, 1).astype(jnp.float32), 1)
     return Signals(
+        observations=n,
         noise=noise,
         innovation=innovation,
         reach=reach,

@@ -7,7 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import actions, at, exact_jit, feed, find, norm, normal, telemetry, train
+from helpers import (
+    actions,
+    at,
+    exact_jit,
+    feed,
+    find,
+    norm,
+    normal,
+    signals,
+    telemetry,
+    train,
+)
 
 from lbw_optax import Action, Law, Regime, guard, statistics
 from lbw_optax.controller import NO_LIMIT, Limits
@@ -25,8 +36,8 @@ run = exact_jit(feed, static_argnums=0)
 
 
 def bounds(controller, shown, observations=9, reach=1.0):
-    observations, reach = jnp.int32(observations), jnp.float32(reach)
-    return step_bounds(controller, shown, observations, reach, True, Law(), LIMITS)
+    known = signals(observations=jnp.int32(observations), reach=jnp.float32(reach))
+    return step_bounds(controller, shown, known, True, Law(), LIMITS)
 
 
 @jax.jit

@@ -158,6 +158,17 @@ def test_the_latch_follows_the_envelope_down_and_rises_once_steps_are_far_below_
 
 
 @pytest.mark.parametrize(
+    ("length", "age", "latch"),
+    [(0.5, 1, 2.0), (0.5, 10, 1.1), (0.5, 1000, 1.001), (1.0, 1, 1.0), (2.0, 1, 0.5)],
+)
+def test_after_a_warm_up_the_latch_rises_with_the_age_of_the_run(length, age, latch):
+    warmed = {"before": {"first_length": 0.0}, "observations": age}
+    assert float(steered(length, **warmed).latch) / LATCH == pytest.approx(latch)
+    cold = {"before": {"first_length": 1.0}, "observations": age}
+    assert float(steered(length, **cold).latch) / LATCH == pytest.approx(min(1, latch))
+
+
+@pytest.mark.parametrize(
     ("known", "end"), [(COSTLY, LAW.earned_least), (STRAIGHT, LAW.earned_most)], ids=["down", "up"]
 )
 def test_what_is_earned_has_an_end(known, end):

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from experiments.bench import Bar, Bench, Findings, Row, best_rate, difference, losses, mean
-from experiments.methods import Method, behind_guard, reduce_on_plateau, warmup_cosine
+from experiments.methods import (
+    Method,
+    behind_guard,
+    pretraining,
+    reduce_on_plateau,
+    warmup_cosine,
+)
 from experiments.report import Table, with_spread
 from experiments.sections.stress import HEALTHY_TOLERANCE, TOLERANCE, multiples_of_best
 
@@ -13,6 +19,7 @@ def _methods(steps: int) -> dict[str, Method]:
     return {
         "reduce on plateau": reduce_on_plateau,
         "warmup + cosine": lambda learning_rate: warmup_cosine(learning_rate, steps),
+        "the whole recipe": lambda learning_rate: pretraining(learning_rate, steps),
     }
 
 
