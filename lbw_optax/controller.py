@@ -26,7 +26,8 @@ class Controller(NamedTuple):
 
     Attributes:
       step_scale: the scale in force, that of the last applied step, in [min_scale, 1].
-      latch: scale that the envelope has imposed; it follows the envelope down at once.
+      latch: scale that the envelope has imposed; it follows the envelope down at once, and rises
+        slowly.
       earned: factor on the latch that the measured overshoot has earned; below 1 it anneals.
       trust_radius: absolute step length that has proved safe; 0 before the first step.
       first_length: norm of the first inner step; `NO_LIMIT` before it, and 0 once a later one was
@@ -60,6 +61,11 @@ class Controller(NamedTuple):
 def started_at_zero(controller: Controller) -> jax.Array:
     """Returns how near the parameters are to a half that started at zero, as LoRA's; in [0, 1]."""
     return jnp.minimum(controller.allowance - 1, 1)
+
+
+def had_warm_up(controller: Controller) -> jax.Array:
+    """Returns whether a step was certainly longer than the first one, as in a warm-up."""
+    return controller.first_length == 0
 
 
 def init_controller(params: Any, axis_name: Any, law: Law) -> Controller:

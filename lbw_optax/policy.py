@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lbw_optax.controller import NO_LIMIT, Controller, Limits, started_at_zero
+from lbw_optax.controller import NO_LIMIT, Controller, Limits, had_warm_up, started_at_zero
 from lbw_optax.envelope import Envelope, have_size, next_first_length, next_trust_radius
 from lbw_optax.interpretation import Cause, Diagnosis, Regime
 from lbw_optax.law import Law
@@ -281,8 +281,7 @@ def _regulate(
     # At a constant rate Adam's first step is the longest, and what it needs shows in it. A warm-up
     # ends among steps of any length, and a schedule goes on from there: what the longest needed is
     # forgotten as the run gets older, on the scale on which a schedule acts.
-    warmed = c.first_length == 0
-    aged = 1 + jnp.where(warmed, 1 / jnp.maximum(s.observations, 1), 0)
+    aged = 1 + jnp.where(had_warm_up(c), 1 / jnp.maximum(s.observations, 1), 0)
     latch = jnp.minimum(jnp.clip(aged * c.latch, law.slack * room, room), 1)
     straight = -s.overshoot * c.step_scale > law.earn_straight * s.slope
     too_short = straight & (s.overshoot + 2 * s.overshoot_error < 0)

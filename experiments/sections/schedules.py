@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from experiments.bench import Bar, Bench, Findings, Row, best_rate, difference, losses, mean
 from experiments.methods import (
     Method,
@@ -18,8 +20,8 @@ def _methods(steps: int) -> dict[str, Method]:
     """Name -> AdamW with a schedule, for runs of so many steps."""
     return {
         "reduce on plateau": reduce_on_plateau,
-        "warmup + cosine": lambda learning_rate: warmup_cosine(learning_rate, steps),
-        "the whole recipe": lambda learning_rate: pretraining(learning_rate, steps),
+        "warmup + cosine": functools.partial(warmup_cosine, steps=steps),
+        "the whole recipe": functools.partial(pretraining, steps=steps),
     }
 
 
