@@ -36,7 +36,6 @@ class Controller(NamedTuple):
         undone has been blamed.
       last_slope: slope at the start of the last applied step, in units of the loss.
       rejections: held or undone steps in a row.
-      nonfinites: non-finite observations in a row.
       too_long: steps in a row that were `Diagnosis.long`.
       allowance: what the norm of the parameters is multiplied with; above 1 if some of them started
         at zero.
@@ -52,7 +51,6 @@ class Controller(NamedTuple):
     last_length: jax.Array  # shape=(), dtype=float32
     last_slope: jax.Array  # shape=(), dtype=float32
     rejections: jax.Array  # shape=(), dtype=int32
-    nonfinites: jax.Array  # shape=(), dtype=int32
     too_long: jax.Array  # shape=(), dtype=int32
     allowance: jax.Array  # shape=(), dtype=float32
     elasticity: jax.Array  # shape=(), dtype=float32
@@ -72,7 +70,7 @@ def init_controller(params: Any, axis_name: Any, law: Law) -> Controller:
     """Returns the controller of a run that has not begun; its very first steps are not excused."""
     start = {"step_scale": 1, "latch": 1, "earned": 1, "first_length": NO_LIMIT}
     start |= {"too_long": law.brief_steps, "allowance": _allowance(params, axis_name, law)}
-    whole = ("rejections", "nonfinites", "too_long")
+    whole = ("rejections", "too_long")
     return Controller(
         **{
             name: jnp.asarray(start.get(name, 0), jnp.int32 if name in whole else jnp.float32)

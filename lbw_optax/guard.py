@@ -218,7 +218,7 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
         inner_state = actuation.keep_inner_state(command, state.inner_state, inner_state)
 
         # Learn and log.
-        nonfinite = steered.nonfinites > 0
+        nonfinite = interpretation.is_nonfinite(diagnosis.alarm)
         observed = statistics.observe(
             state.statistics, telemetry, signals, last_scale, moved, state.stressed, has_loss, law
         )

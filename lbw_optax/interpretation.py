@@ -57,6 +57,11 @@ class Cause(enum.IntEnum):
     """Too many rejected steps in a row: the run proceeds at the lowest scale."""
 
 
+def is_nonfinite(alarm: jax.Array) -> jax.Array:
+    """Returns whether something in the step that raised an alarm is not finite."""
+    return (alarm >= Cause.NONFINITE_GRADIENT) & (alarm <= Cause.NONFINITE_STEP)
+
+
 class Diagnosis(NamedTuple):
     """What one step looks like.
 

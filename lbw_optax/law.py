@@ -269,8 +269,8 @@ class Law:
     cut_limit: float = 0.1
     """Smallest share of the last step that a backtrack leaves; below this scale, on the way back to
     1, nothing is learned of a step and the one before it."""
-    nonfinite_backtracks: int = 4
-    """Non-finite observations in a row, after the first, that shorten the last step."""
+    repeat_backtracks: int = 4
+    """Rejected observations in a row, after the first, that shorten the last step."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

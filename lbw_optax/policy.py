@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from lbw_optax.controller import NO_LIMIT, Controller, Limits, had_warm_up, started_at_zero
 from lbw_optax.envelope import Envelope, have_size, next_first_length, next_trust_radius
-from lbw_optax.interpretation import Cause, Diagnosis, Regime
+from lbw_optax.interpretation import Cause, Diagnosis, Regime, is_nonfinite
 from lbw_optax.law import Law
 from lbw_optax.sensing import Telemetry
 from lbw_optax.statistics import Signals
@@ -115,7 +115,7 @@ def decide(
     left = law.cut_noise * signals.noise / jnp.where(t.overshoot > 0, t.overshoot, jnp.inf)
     keep = jnp.where(harm, jnp.clip(jnp.sqrt(left), law.cut_limit, law.cut), law.cut)
     lowest = jnp.float32(limits.min_scale)
-    # A non-finite value may be the batch's fault: it shortens the last step and not the next ones.
+    # Anything else may be the batches' fault: it shortens the last step and not the next ones.
     cut = jnp.where(harm, jnp.maximum(c.step_scale * keep, lowest), c.step_scale)
     latch = jnp.where(harm, jnp.minimum(latch, cut), latch)
     earned = jnp.where(harm, jnp.minimum(earned, 1), earned)
@@ -154,7 +154,6 @@ def decide(
             [undone, moved], [c.last_slope * keep, _product(factor, t.slope)], c.last_slope
         ),
         rejections=jnp.where(taken, 0, c.rejections + 1),
-        nonfinites=jnp.where(nonfinite, c.nonfinites + 1, 0),
         allowance=c.allowance,
         elasticity=jnp.where(moved & ~nonfinite, elasticity, c.elasticity),
         too_long=jnp.where(moved, jnp.where(diagnosis.long, c.too_long + 1, 0), c.too_long),
@@ -196,13 +195,14 @@ def _judge(
 ) -> Verdict:
     """Rejects or takes a step."""
     c, alarm = controller, diagnosis.alarm
-    nonfinite = (alarm >= Cause.NONFINITE_GRADIENT) & (alarm <= Cause.NONFINITE_STEP)
+    nonfinite = is_nonfinite(alarm)
     harm = (alarm >= Cause.OVERSHOOT) & (alarm <= Cause.LOSS_JUMP)
     rejected = nonfinite | (alarm == Cause.GRADIENT_SPIKE) | (harm & can_undo)
     exhausted = rejected & (c.rejections >= limits.max_rejections)
-    # The first non-finite value is likely the batch's fault; the next ones may be the last step's.
-    suspect = (c.nonfinites >= 1) & (c.nonfinites <= law.nonfinite_backtracks)
-    undone = rejected & ~exhausted & (harm | (nonfinite & suspect)) & can_undo & (c.last_length > 0)
+    # The first bad observation is likely the batch's fault. The next ones are of other batches at
+    # the same parameters: they may be the last step's.
+    suspect = (c.rejections >= 1) & (c.rejections <= law.repeat_backtracks)
+    undone = rejected & ~exhausted & (harm | suspect) & can_undo & (c.last_length > 0)
     return Verdict(nonfinite, harm, rejected, exhausted, undone)
 
 

@@ -103,11 +103,10 @@ def test_fault_on_the_very_first_step_is_held():
     assert is_finite((updates, states))
 
 
-def test_non_finite_values_in_a_row_also_shorten_the_last_step():
-    tx = guard(optax.adam(1e-4))
-    _, updates, states = run(
-        tx, START, faulty(healthy_stream(), [FAULT, FAULT + 1], grads=lambda g: g * jnp.nan)
-    )
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_in_a_row_also_shorten_the_last_step(fault):
+    stream = faulty(healthy_stream(), [FAULT, FAULT + 1], **FAULTS[fault][0])
+    _, updates, states = run(TX, START, stream)
     assert actions(states)[FAULT : FAULT + 2] == [Action.HOLD, Action.BACKTRACK]
     last, undone = at(updates, FAULT - 1), at(updates, FAULT + 1)
     share = norm(undone) / norm(last)
@@ -339,12 +338,13 @@ def test_accumulated_micro_batches_neither_act_nor_wait():
     assert report(at(states, -1)).regime == "STABLE"
 
 
-def test_backtracks_in_a_row_go_on_along_the_last_step():
+@pytest.mark.parametrize("fault", ["nan_gradient", "nan_loss", "spike_1e6"])
+def test_backtracks_in_a_row_go_on_along_the_last_step(fault):
     """Each leaves a half of what the one before left: never past its start."""
-    bad = range(FAULT, FAULT + LAW.nonfinite_backtracks + 2)
-    stream = faulty(healthy_stream(), list(bad), grads=lambda g: g * jnp.nan)
+    bad = range(FAULT, FAULT + LAW.repeat_backtracks + 2)
+    stream = faulty(healthy_stream(), list(bad), **FAULTS[fault][0])
     _, updates, states = run(TX, START, stream)
-    undone = [Action.BACKTRACK] * LAW.nonfinite_backtracks
+    undone = [Action.BACKTRACK] * LAW.repeat_backtracks
     assert actions(states)[FAULT : bad[-1] + 1] == [Action.HOLD, *undone, Action.HOLD]
     last = at(updates, FAULT - 1)
     for i, step in enumerate(bad[1:-1], 1):

@@ -229,28 +229,28 @@ def test_a_backtrack_leaves_what_would_have_overshot_by_little(cause, overshoot,
         assert float(getattr(after, name)) == pytest.approx(keep * BEFORE[name]), name
 
 
-def test_values_that_are_not_finite_undo_a_part_and_cut_nothing():
+@pytest.mark.parametrize("cause", [Cause.NONFINITE_GRADIENT, Cause.GRADIENT_SPIKE])
+def test_bad_observations_in_a_row_undo_a_part_and_cut_nothing(cause):
     for before in range(8):
-        command, after = answered(Cause.NONFINITE_GRADIENT, nonfinites=before)
-        undone = 1 <= before <= LAW.nonfinite_backtracks
+        command, after = answered(cause, rejections=before)
+        undone = 1 <= before <= LAW.repeat_backtracks
         assert command.action == (Action.BACKTRACK if undone else Action.HOLD)
         share = LAW.cut if undone else 1
         for name in ("last_length", "last_slope"):
             assert float(getattr(after, name)) == pytest.approx(share * BEFORE[name]), name
         for name in ("step_scale", "latch", "earned", "trust_radius"):
             assert float(getattr(after, name)) == pytest.approx(BEFORE[name]), name
-        assert after.nonfinites == before + 1
+        assert after.rejections == before + 1
         assert command.factor == LAW.cut or not undone
 
 
 def test_without_a_last_step_nothing_is_undone():
-    command, _ = answered(Cause.NONFINITE_GRADIENT, nonfinites=1, last_length=0)
+    command, _ = answered(Cause.NONFINITE_GRADIENT, rejections=1, last_length=0)
     assert command.action == Action.HOLD
 
 
 def test_a_run_that_is_exhausted_goes_on_from_the_lowest_scale_and_learns_nothing():
-    last = {"rejections": LIMITS.max_rejections, "nonfinites": LIMITS.max_rejections}
-    command, after = answered(Cause.NONFINITE_GRADIENT, **last)
+    command, after = answered(Cause.NONFINITE_GRADIENT, rejections=LIMITS.max_rejections)
     assert command.action == Action.PROCEED
     lowest = np.float32(LIMITS.min_scale)
     assert command.factor == after.step_scale == after.latch == lowest
