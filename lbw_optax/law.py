@@ -220,6 +220,9 @@ class Law:
     words, of width 32 to 128, .9 to 1.3 in LoRA, and 1.3 to 33 in decoders over bytes of 20
     thousand to 4.4 million parameters. Without it one over 4,096 words ends .14 above AdamW's best,
     and one of 20 thousand with all matrices at .02 ends .02 higher."""
+    share_kurtosis: float = 2.5
+    """Kurtosis of a step, that of a normal distribution, up to which that share is 1 after a
+    warm-up; above, it goes with its inverse, where that is more than the other two."""
     share_most: float = 2.0
     """Largest such share. Decoders over 4,096 words reach it at a width of 32, or come near. A
     recommender from normal(0.01), with an elasticity of .001, ends at ten times its best rate at
@@ -244,6 +247,11 @@ class Law:
     """Steps for which an overshoot lifts the loss: a mean overshoot is bearable while so many are
     less than what the run has gained since `past_age`. At 20 runs of 1,000 steps from scratch end
     .017 above AdamW's best, at 80 those of 3,000 end .06 above it."""
+    bearable_schedule: float = 3.0
+    """Factor on the overshoot that is bearable under stress after a warm-up: such a run has a
+    schedule, at whose end what overshoots lift comes down again. A GPT of 216 thousand parameters
+    ends at ten times its best peak at 2.15 with 1, at 2.09 with 3 and at 2.07 with 6; a full
+    fine-tune, whose steps are too long until annealed, .003 and .005 higher than with 1."""
     bearable_least: float = 0.001
     """Least bearable overshoot, in standard deviations of the loss. At a third of it LoRA ends .003
     better after 300 and 1,000 steps, but .004 to .006 worse after 3,000; at 5 times it up to .011

@@ -64,25 +64,27 @@ def decide(
 
       E &= -\langle g_1, u_1 \rangle \|p_1\| / (\|u_1\| |L_1|), \quad
         \eta_n = \mathrm{clip}((N / n)^{1/4}, \eta_0, 1) \\
-      \eta &= \max(\eta_n + (1 - \eta_n) \min(A - 1, 1), \min(\sqrt{E_0 / E}, \eta_1)), \quad
-        r_t = \eta \, \text{healthy}_t / \|u_t\| \\
+      \eta &= \max(\eta_n + (1 - \eta_n) \min(A - 1, 1), \min(\sqrt{E_0 / E}, \eta_1),
+        m \min(k_0 / k_t, 1)), \quad r_t = \eta \, \text{healthy}_t / \|u_t\| \\
       \ell_t &= \min(1, \mathrm{clip}(\ell_{t-1} (1 + m / t), \lambda r_t, r_t)) \\
       h_t &= h_{t-1} \cdot \begin{cases}
         \gamma & q + 2 e_q < 0 \text{ and } -q s > \beta \bar a \\
-        1 / \gamma & (q - e_q) s^2 > \theta \text{, neither productive nor at the edge} \\
+        1 / \gamma & (q - e_q) s^2 > B \theta \text{, neither productive nor at the edge} \\
         1 & \text{otherwise} \end{cases}, \quad
         \ell_t h_t \le r_t \\
       s_t &= \max(s_0, \min(1, \ell_t h_t, G s_{t-1}, \text{hard}_t / \|u_t\|))
 
     with :math:`\ell` the latch, :math:`m` 1 after a warm-up and else 0, :math:`h` the earned
     factor, :math:`q \pm e_q` the mean overshoot per squared scale and its standard error,
-    :math:`\bar a` the mean slope, :math:`\theta` the bearable overshoot, :math:`n` the number of
-    parameters, :math:`E` the controller's ``elasticity``, that of the first step, and :math:`A` its
-    ``allowance``, :math:`N` = ``law.share_size``, :math:`\eta_0` = ``law.share_least``,
-    :math:`E_0` = ``law.share_elasticity``, :math:`\eta_1` = ``law.share_most``, :math:`\lambda` =
-    ``law.slack``, :math:`\gamma` = ``law.growth``, :math:`\beta` = ``law.earn_straight``, :math:`G`
-    = ``law.rise_limit`` and :math:`s_0` = ``limits.min_scale``. Where the elasticity cannot be
-    told, its term is 0. The latch holds the scale, not the step: the inner optimizer's own
+    :math:`\bar a` the mean slope, :math:`\theta` the bearable overshoot, :math:`B` =
+    ``law.bearable_schedule`` after a warm-up and else 1, :math:`n` the number of parameters,
+    :math:`k_t` the step's ``kurtosis``, :math:`E` the controller's ``elasticity``, that of the
+    first step, and :math:`A` its ``allowance``, :math:`N` = ``law.share_size``, :math:`\eta_0` =
+    ``law.share_least``, :math:`k_0` = ``law.share_kurtosis``, :math:`E_0` =
+    ``law.share_elasticity``, :math:`\eta_1` = ``law.share_most``, :math:`\lambda` = ``law.slack``,
+    :math:`\gamma` = ``law.growth``, :math:`\beta` = ``law.earn_straight``, :math:`G` =
+    ``law.rise_limit`` and :math:`s_0` = ``limits.min_scale``. Where the elasticity cannot be told,
+    its term is 0. The latch holds the scale, not the step: the inner optimizer's own
     shortening of its steps survives. After a warm-up it rises with the age :math:`t` of the run,
     as far as there is room. What is productive and where the edge of stability is stands in
     `Signals`.
@@ -263,7 +265,11 @@ def _share(
     # relative step falls with the square root of the width.
     sized = jnp.clip((law.share_size / telemetry.size) ** 0.25, law.share_least, 1)
     inelastic = jnp.minimum(jnp.sqrt(law.share_elasticity / elasticity), law.share_most)
-    return jnp.maximum(sized + (1 - sized) * started_at_zero(controller), inelastic)
+    # Such a share is a warm-up. After one, what is left to fear are entries far longer than others.
+    even = jnp.minimum(law.share_kurtosis / telemetry.kurtosis, 1)
+    warm = jnp.where(had_warm_up(controller), even, 0)
+    sized = sized + (1 - sized) * started_at_zero(controller)
+    return jnp.maximum(jnp.maximum(sized, inelastic), warm)
 
 
 def _regulate(
@@ -285,7 +291,8 @@ def _regulate(
     latch = jnp.minimum(jnp.clip(aged * c.latch, law.slack * room, room), 1)
     straight = -s.overshoot * c.step_scale > law.earn_straight * s.slope
     too_short = straight & (s.overshoot + 2 * s.overshoot_error < 0)
-    costly = (s.overshoot - s.overshoot_error) * c.step_scale**2 > s.bearable
+    bearable = s.bearable * jnp.where(had_warm_up(c), law.bearable_schedule, 1)
+    costly = (s.overshoot - s.overshoot_error) * c.step_scale**2 > bearable
     excused = s.productive | s.scaled_edge
     rate = jnp.where(too_short, law.growth, jnp.where(costly & ~excused, 1 / law.growth, 1))
     # No step under stress is longer than the latch alone may make it, whatever has been earned.

@@ -14,6 +14,8 @@ class Telemetry(NamedTuple):
       loss: minibatch loss; 0 where it was not given.
       gradient_norm: Euclidean norm of the incoming gradients.
       step_norm: norm of the finite part of the inner optimizer's step.
+      kurtosis: how much longer than the others the longest entries of that part are; at least 1, 3
+        of normally distributed ones, and infinite where it cannot be told.
       parameter_norm: norm of the finite part of the parameters.
       slope: <g_t, u_t>, the change of the loss that the new step predicts.
       overshoot: <g_t, d_{t-1}>, the slope at the end of the last applied step; positive means that
@@ -28,6 +30,7 @@ class Telemetry(NamedTuple):
     loss: jax.Array  # shape=(), dtype=float32
     gradient_norm: jax.Array  # shape=(), dtype=float32
     step_norm: jax.Array  # shape=(), dtype=float32
+    kurtosis: jax.Array  # shape=(), dtype=float32
     parameter_norm: jax.Array  # shape=(), dtype=float32
     slope: jax.Array  # shape=(), dtype=float32
     overshoot: jax.Array  # shape=(), dtype=float32
@@ -83,6 +86,19 @@ def estimated_product(a: Any, b: Any, whole: Any) -> jax.Array:
         for x, y, z in zip(*map(jax.tree.leaves, (a, b, whole)), strict=True)
         if is_inexact(x) and is_inexact(y) and jnp.size(y)
     )
+
+
+def fourth_power(tree: Any) -> jax.Array:
+    """Returns the sum of the fourth powers of all floating-point entries, in float32."""
+    leaves = [jnp.asarray(x, jnp.float32) for x in jax.tree.leaves(tree) if is_inexact(x)]
+    return total(jnp.sum(jnp.square(x * x)) for x in leaves)
+
+
+def _kurtosis(size: jax.Array, square: jax.Array, fourth: jax.Array) -> jax.Array:
+    r"""Returns :math:`n \sum u^4 / (\sum u^2)^2`; infinite where float32 does not hold the sums."""
+    held = (fourth > jnp.finfo(jnp.float32).tiny / jnp.finfo(jnp.float32).eps) & (fourth < jnp.inf)
+    square = jnp.where(held, square, 1)
+    return jnp.where(held, size * (fourth / square) / square, jnp.inf)
 
 
 def finite_part(tree: Any) -> Any:
@@ -160,6 +176,7 @@ def measure(
     sums = {
         "gradient": inner_product(gradients, gradients),
         "step": inner_product(usable, usable),
+        "fourth": fourth_power(usable),
         "params": inner_product(finite_params, finite_params),
         # Of the same entries as the overshoot, since the two are compared: a + c, not a and c.
         "slope": estimated_product(sampled_gradients, sampled_usable, gradients)
@@ -186,6 +203,7 @@ def measure(
         loss=loss,
         gradient_norm=jnp.sqrt(sums["gradient"]),
         step_norm=step_norm,
+        kurtosis=_kurtosis(sums["size"], sums["step"], sums["fourth"]),
         parameter_norm=jnp.sqrt(sums["params"]),
         slope=sums["slope"],
         overshoot=sums["overshoot"],

@@ -30,8 +30,8 @@ def normal(*shape, dtype=jnp.float32, seed=0):
 
 
 def telemetry(**known) -> Telemetry:
-    """Returns the telemetry of a step of which only `known` is not 0."""
-    unknown = dict.fromkeys(Telemetry._fields, jnp.float32(0))
+    """Returns the telemetry of a step of which only `known` is not 0, and its kurtosis unknown."""
+    unknown = dict.fromkeys(Telemetry._fields, jnp.float32(0)) | {"kurtosis": jnp.float32(jnp.inf)}
     return Telemetry(**unknown | {name: jnp.float32(x) for name, x in known.items()})
 
 

@@ -19,6 +19,8 @@ LATCH = 0.1
 SHARE = 0.5
 SIZE = LAW.share_size / SHARE**4
 HEALTHY = jnp.float32(1)
+WARMED = {"first_length": 0.0}
+"""What the controller remembers after a warm-up."""
 
 
 def decided(before, regime, diagnosis, shown, run):
@@ -62,6 +64,15 @@ def test_what_costs_more_than_it_gains_is_annealed():
     assert earned(0.5, **COSTLY) == pytest.approx(1 / LAW.growth)
     assert earned(0.5, **COSTLY | {"bearable": 0.2}) == 1
     assert earned(0.5, **COSTLY, overshoot_error=9.0) == 1
+
+
+@pytest.mark.parametrize(("share", "annealed"), [(0.99, True), (1.01, False)])
+def test_after_a_warm_up_more_is_bearable(share, annealed):
+    cost = COSTLY["overshoot"] * LATCH**2
+    known = COSTLY | {"bearable": share * cost / LAW.bearable_schedule}
+    assert earned(0.5, **known) == pytest.approx(1 / LAW.growth)
+    found = earned(0.5, **known, before=WARMED)
+    assert found == (pytest.approx(1 / LAW.growth) if annealed else 1)
 
 
 def test_nothing_is_annealed_while_the_steps_are_productive():
@@ -121,6 +132,13 @@ def test_the_less_elastic_the_loss_the_longer_the_steps_under_stress(times, shar
     assert share_under_stress(**FIRST | {"slope": times * FIRST["slope"]}) == pytest.approx(share)
 
 
+@pytest.mark.parametrize(("times", "share"), [(0.1, 1), (1, 1), (1.6, 1 / 1.6), (9, SHARE)])
+def test_after_a_warm_up_even_steps_have_all_of_the_healthy_length(times, share):
+    shown = {"kurtosis": times * LAW.share_kurtosis}
+    assert share_under_stress(WARMED, **shown) == pytest.approx(share)
+    assert share_under_stress(**shown) == pytest.approx(SHARE)
+
+
 @pytest.mark.parametrize("unit", [1e-20, -1.0, 1e20])
 def test_neither_the_unit_nor_the_sign_of_the_loss_matters_to_elasticity(unit):
     shown = {"slope": abs(unit) * FIRST["slope"], "loss": unit * FIRST["loss"]}
@@ -162,7 +180,7 @@ def test_the_latch_follows_the_envelope_down_and_rises_once_steps_are_far_below_
     [(0.5, 1, 2.0), (0.5, 10, 1.1), (0.5, 1000, 1.001), (1.0, 1, 1.0), (2.0, 1, 0.5)],
 )
 def test_after_a_warm_up_the_latch_rises_with_the_age_of_the_run(length, age, latch):
-    warmed = {"before": {"first_length": 0.0}, "observations": age}
+    warmed = {"before": WARMED, "observations": age}
     assert float(steered(length, **warmed).latch) / LATCH == pytest.approx(latch)
     cold = {"before": {"first_length": 1.0}, "observations": age}
     assert float(steered(length, **cold).latch) / LATCH == pytest.approx(min(1, latch))

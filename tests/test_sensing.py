@@ -59,6 +59,19 @@ def test_the_size_counts_what_is_floating_point():
     assert measured(tree, tree).size == 6
 
 
+@pytest.mark.parametrize("unit", [1e-8, 1.0, 1e8])
+def test_the_kurtosis_is_that_of_all_entries(unit):
+    tree = {"w": unit * normal(64, 32), "b": 5 * unit * normal(7, seed=1)}
+    entries = np.concatenate([np.ravel(np.float64(x)) for x in jax.tree.leaves(tree)])
+    expected = np.mean(entries**4) / np.mean(entries**2) ** 2
+    assert measured(tree, tree).kurtosis == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("entry", [0.0, 1e-12, 1e12])
+def test_a_kurtosis_beyond_float32_is_unknown(entry):
+    assert measured(jnp.ones(8), jnp.full(8, entry)).kurtosis == np.inf
+
+
 def test_slope_and_overshoot_are_of_the_same_entries():
     gradients, step = normal(64, 32), normal(64, 32, seed=1)
     found = measured(gradients, step, last_step=step, mode="sparse")
