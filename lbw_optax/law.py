@@ -33,6 +33,7 @@ _FACTORS = (
     "rise_limit",
     "allowance_most",
     "share_most",
+    "bearable_schedule",
     "trust_growth",
     "collapse_ratio",
     "spike_ratio",
@@ -220,19 +221,20 @@ class Law:
     words, of width 32 to 128, .9 to 1.3 in LoRA, and 1.3 to 33 in decoders over bytes of 20
     thousand to 4.4 million parameters. Without it one over 4,096 words ends .14 above AdamW's best,
     and one of 20 thousand with all matrices at .02 ends .02 higher."""
-    share_kurtosis: float = 2.5
-    """Kurtosis of a step up to which that share is 1 after a warm-up; above, it goes with its
-    inverse, where that is more than the other two. Adam's steps have 3 to 4 with a `b2` of .95, 5
-    to 15 with .999. A GPT of 216 thousand parameters ends at half of its best peak at 2.08 without
-    it, 2.06 with 2 and 2.05 with 2.5 and 3, a full fine-tune at 1.650, 1.653, 1.657 and 1.659."""
     share_most: float = 2.0
     """Largest such share. Decoders over 4,096 words reach it at a width of 32, or come near. A
     recommender from normal(0.01), with an elasticity of .001, ends at ten times its best rate at
     .25 with it and with 4, and with 8 at .20."""
+    share_kurtosis: float = 2.5
+    """Kurtosis of a step up to which it may have all of the healthy length after a warm-up; above,
+    its share goes with the inverse, where that is more than size and elasticity give. Adam's steps
+    have 3 to 4 with a `b2` of .95, 5 to 15 with .999. A GPT of 216 thousand parameters ends at half
+    of its best peak at 2.08 without it, 2.06 with 2 and 2.05 with 2.5 and 3, a full fine-tune at
+    1.650, 1.653, 1.657 and 1.659."""
     slack: float = 0.25
-    """Least share of that length which the latch leaves. Adam shortens its own steps by 4.4 =
-    sqrt((1 + b1) / (1 - b1)) for b1 = 0.9; a step below it means that the stress is over. At 0.5
-    decoders over 4,096 words and one of 197 thousand parameters end .08 and .05 higher."""
+    """Least part of what a step may have that the latch leaves. Adam shortens its own steps by
+    4.4 = sqrt((1 + b1) / (1 - b1)) for b1 = 0.9; a step below it means that the stress is over. At
+    0.5 decoders over 4,096 words and one of 197 thousand parameters end .08 and .05 higher."""
     growth: float = 1.02
     """Factor per step by which the earned factor rises while steps are significantly too short,
     and falls while they overshoot by more than the progress is worth and are not productive, see
@@ -280,7 +282,8 @@ class Law:
     """Smallest share of the last step that a backtrack leaves; below this scale, on the way back to
     1, nothing is learned of a step and the one before it."""
     repeat_backtracks: int = 4
-    """Rejected observations in a row, after the first, that shorten the last step."""
+    """Rejected observations in a row, after the first, that shorten the last step, by half each:
+    four leave a sixteenth of it."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

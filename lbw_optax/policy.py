@@ -264,12 +264,12 @@ def _share(
     # At a given depth the number of parameters grows with the square of the width, and the best
     # relative step falls with the square root of the width.
     sized = jnp.clip((law.share_size / telemetry.size) ** 0.25, law.share_least, 1)
+    sized = sized + (1 - sized) * started_at_zero(controller)
     inelastic = jnp.minimum(jnp.sqrt(law.share_elasticity / elasticity), law.share_most)
     # Such a share is a warm-up. After one, what is left to fear are entries far longer than others.
     even = jnp.minimum(law.share_kurtosis / telemetry.kurtosis, 1)
-    warm = jnp.where(had_warm_up(controller), even, 0)
-    sized = sized + (1 - sized) * started_at_zero(controller)
-    return jnp.maximum(jnp.maximum(sized, inelastic), warm)
+    even = jnp.where(had_warm_up(controller), even, 0)
+    return jnp.maximum(jnp.maximum(sized, inelastic), even)
 
 
 def _regulate(
@@ -283,15 +283,15 @@ def _regulate(
 
     `room` is the scale at which the step has all the length that it may have under stress.
     """
-    c, s = controller, signals
+    c, s, warmed = controller, signals, had_warm_up(controller)
     # At a constant rate Adam's first step is the longest, and what it needs shows in it. A warm-up
     # ends among steps of any length, and a schedule goes on from there: what the longest needed is
     # forgotten as the run gets older, on the scale on which a schedule acts.
-    aged = 1 + jnp.where(had_warm_up(c), 1 / jnp.maximum(s.observations, 1), 0)
+    aged = 1 + jnp.where(warmed, 1 / jnp.maximum(s.observations, 1), 0)
     latch = jnp.minimum(jnp.clip(aged * c.latch, law.slack * room, room), 1)
     straight = -s.overshoot * c.step_scale > law.earn_straight * s.slope
     too_short = straight & (s.overshoot + 2 * s.overshoot_error < 0)
-    bearable = s.bearable * jnp.where(had_warm_up(c), law.bearable_schedule, 1)
+    bearable = s.bearable * jnp.where(warmed, law.bearable_schedule, 1)
     costly = (s.overshoot - s.overshoot_error) * c.step_scale**2 > bearable
     excused = s.productive | s.scaled_edge
     rate = jnp.where(too_short, law.growth, jnp.where(costly & ~excused, 1 / law.growth, 1))

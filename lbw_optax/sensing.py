@@ -88,10 +88,11 @@ def estimated_product(a: Any, b: Any, whole: Any) -> jax.Array:
     )
 
 
-def fourth_power(tree: Any) -> jax.Array:
-    """Returns the sum of the fourth powers of all floating-point entries, in float32."""
-    leaves = [jnp.asarray(x, jnp.float32) for x in jax.tree.leaves(tree) if is_inexact(x)]
-    return total(jnp.sum(jnp.square(x * x)) for x in leaves)
+def _squared(tree: Any) -> Any:
+    """Squares every floating-point entry, in float32."""
+    return jax.tree.map(
+        lambda x: jnp.square(jnp.asarray(x, jnp.float32)) if is_inexact(x) else x, tree
+    )
 
 
 def _kurtosis(size: jax.Array, square: jax.Array, fourth: jax.Array) -> jax.Array:
@@ -170,13 +171,13 @@ def measure(
       The telemetry; a quantity that cannot be measured is 0.
     """
     usable, sampled_usable = finite_part(step), finite_part(sampled_step)
-    finite_params = finite_part(params)
+    finite_params, squares = finite_part(params), _squared(usable)
     sampled = any(is_inexact(x) and jnp.size(x) for x in jax.tree.leaves(last_step))
     scalars = any(jnp.ndim(x) == 0 for x in jax.tree.leaves(gradients))
     sums = {
         "gradient": inner_product(gradients, gradients),
         "step": inner_product(usable, usable),
-        "fourth": fourth_power(usable),
+        "fourth": inner_product(squares, squares),
         "params": inner_product(finite_params, finite_params),
         # Of the same entries as the overshoot, since the two are compared: a + c, not a and c.
         "slope": estimated_product(sampled_gradients, sampled_usable, gradients)

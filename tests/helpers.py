@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lbw_optax import Action, GuardState
+from lbw_optax import Action, GuardState, Law
 from lbw_optax.sensing import Telemetry, is_inexact
 from lbw_optax.statistics import Signals
 
@@ -51,6 +51,12 @@ def signals(**known) -> Signals:
         ("faded", "gaining", "productive", "edge", "scaled_edge"), jnp.bool_(False)
     )
     return Signals(**unknown | {name: jnp.asarray(x) for name, x in (_QUIET | known).items()})
+
+
+def rejected(steps):
+    """Returns what is done with so many bad observations in a row, more than are undone."""
+    undone = [Action.BACKTRACK] * Law().repeat_backtracks
+    return [Action.HOLD, *undone, *[Action.HOLD] * (steps - 1 - len(undone))]
 
 
 def find(opt_state) -> GuardState:

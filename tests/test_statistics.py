@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import actions, at, bits, exact_jit, feed, signals, telemetry, with_gain
+from helpers import actions, at, bits, exact_jit, feed, rejected, signals, telemetry, with_gain
 
 from lbw_optax import Action, Law, guard, report
 from lbw_optax.statistics import compare, init_statistics, learn_loss, learn_spike, observe
@@ -133,12 +133,6 @@ def test_what_spikes_widened_is_forgotten():
     for _ in range(round(1 / law.spike_share)):
         _, statistics = learn(statistics, False)
     assert float(statistics.spike_tolerance) == pytest.approx(2 * law.spike_rise, rel=1e-2)
-
-
-def rejected(steps):
-    """What is done with so many bad observations in a row."""
-    undone = [Action.BACKTRACK] * Law().repeat_backtracks
-    return [Action.HOLD, *undone, *[Action.HOLD] * (steps - 1 - len(undone))]
 
 
 def test_spikes_in_a_row_are_one():
