@@ -101,6 +101,7 @@ def test_quality(tmp_path, capsys, monkeypatch):
         "idle",
         "problems",
         "networks",
+        "warmups",
         "faults",
         "optimizers",
         "schedules",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 
 from experiments.bench import Bar, Bench, Findings, Row, best_rate, losses, mean, ratio
-from experiments.methods import behind_guard
+from experiments.methods import behind_guard, warmup_cosine
 from experiments.networks import NETWORKS, Network
 from experiments.presets import half_decades
 from experiments.report import Table, with_spread
@@ -25,30 +26,45 @@ DIGITS = "{:.3g}".format
 
 
 def networks(bench: Bench) -> Findings:
-    """Trains each network plainly at all its rates, and guarded at three of them."""
+    """Trains each network as it usually is, plainly at all its rates, and guarded at three."""
+    return _compare(bench, "networks", "Networks", [make() for make in NETWORKS])
+
+
+def warmups(bench: Bench) -> Findings:
+    """Does the same with AdamW, warmup and cosine in the place of each network's own optimizer."""
+    alike = [
+        dataclasses.replace(network, name=network.name.rpartition(",")[0], method=warmup_cosine)
+        for network in (make() for make in NETWORKS)
+    ]
+    return _compare(bench, "warmups", "Networks with warmup and cosine", alike)
+
+
+def _compare(bench: Bench, section: str, title: str, measured: Sequence[Network]) -> Findings:
     found, lines = Findings([], [], []), []
-    for make in NETWORKS:
-        network = make()
+    for network in measured:
         plain = bench.cell(
-            f"networks/{network.name}",
-            lambda network=network: _measure(bench, network, False, RATES),
+            f"{section}/{network.name}",
+            lambda network=network: _measure(bench, section, network, False, RATES),
         )
         place = RATES.index(best_rate(plain, RATES[-BELOW:-ABOVE]))
         low, best, high = (RATES[place + shift] for shift in (BELOW, 0, ABOVE))
         guarded = bench.cell(
-            f"networks/guard({network.name})",
-            lambda network=network, rates=(low, best, high): _measure(bench, network, True, rates),
+            f"{section}/guard({network.name})",
+            lambda network=network, rates=(low, best, high): _measure(
+                bench, section, network, True, rates
+            ),
         )
         found.rows.extend([*plain, *guarded])
         alone = [losses(plain, rate=rate) for rate in (low, best, high)]
         cells = [with_spread(values, DIGITS) for values in alone]
         # Above its best rate the plain optimizer is no measure.
         rivals = (alone[0], alone[1], alone[1])
-        for title, rate, rival in zip(
+        for multiple, rate, rival in zip(
             ("1/3x", "1x", "10x"), (low, best, high), rivals, strict=True
         ):
             ours = losses(guarded, rate=rate)
-            bar = Bar(f"{network.name}, {title}: guard / plain", mean(ours) / mean(rival), MOST)
+            name = f"{network.name}, {multiple}: guard / plain"
+            bar = Bar(name, mean(ours) / mean(rival), MOST)
             found.bars.append(bar)
             cells.append(f"{with_spread(ours, DIGITS)}, {ratio(bar.value, MOST)}")
         lines.append([network.name, f"{best:g}", *cells])
@@ -58,15 +74,15 @@ def networks(bench: Bench) -> Findings:
         "Loss on batches after the run; the ratio is to the plain optimizer's at the same rate, "
         "for 10x at its best."
     )
-    found.tables.append(Table("Networks", heading, lines, note))
+    found.tables.append(Table(title, heading, lines, note))
     return found
 
 
 def _measure(
-    bench: Bench, network: Network, guarded: bool, rates: tuple[float, ...]
+    bench: Bench, section: str, network: Network, guarded: bool, rates: tuple[float, ...]
 ) -> Iterator[Row]:
     steps = bench.preset.network_steps
     method = lambda learning_rate: network.method(learning_rate, steps)  # noqa: E731
     method = behind_guard(method) if guarded else method
     for row in sweep(network, method, steps, rates, bench.preset.seeds):
-        yield {**row, "section": "networks", "guarded": guarded}
+        yield {**row, "section": section, "guarded": guarded}

@@ -13,7 +13,7 @@ from experiments.errors import UserError, check_names
 from experiments.presets import QUALITY_PRESETS
 from experiments.sections.drills import faults
 from experiments.sections.idle import idle
-from experiments.sections.networks import networks
+from experiments.sections.networks import networks, warmups
 from experiments.sections.optimizers import optimizers
 from experiments.sections.problems import problems
 from experiments.sections.schedules import schedules
@@ -27,6 +27,7 @@ SECTIONS: dict[str, Callable[[Bench], Findings]] = {
     "idle": idle,
     "problems": problems,
     "networks": networks,
+    "warmups": warmups,
     "faults": faults,
     "optimizers": optimizers,
     "schedules": schedules,
@@ -50,10 +51,10 @@ def quality(
     Args:
       preset: Size of the job: nano, pico (a smaller model), long (longer runs) or deep (a larger
         model), all for two CPU cores.
-      sections: What to measure: any of stress, idle, problems, networks, faults, optimizers,
-        schedules.
+      sections: What to measure: any of stress, idle, problems, networks, warmups, faults,
+        optimizers, schedules.
       tasks: What to measure on: any of lora, scratch, full, words, usual. Faults have lora and
-        scratch; problems, networks and optimizers have tasks of their own.
+        scratch; problems, networks, warmups and optimizers have tasks of their own.
       methods: What stress compares with AdamW and the guard, by the names in its tables; by default
         every peer.
       seeds: Seeds of the runs, but of the idle ones; by default the preset's.
