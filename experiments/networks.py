@@ -1,4 +1,4 @@
-"""Small networks that are no language models, on data that are drawn as they are needed."""
+"""Small networks of many kinds, each as it is usually trained."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from experiments.methods import warmup_cosine
+from experiments.data import BYTE_VOCABULARY, crop_batch, standard_library
+from experiments.methods import pretraining, warmup_cosine
 
 EVALUATED = 64
 """Batches on which a network is evaluated."""
@@ -89,6 +91,16 @@ def _apply(layers: Any, x: jax.Array, activation: Callable = jax.nn.gelu) -> jax
     for layer in layers[:-1]:
         x = activation(_linear(layer, x))
     return _linear(layers[-1], x)
+
+
+def _block(layer: Any, x: jax.Array, heads: int, causal: bool = False) -> jax.Array:
+    """One layer of a transformer: attention and perceptron, each behind a norm."""
+    before_attention, before_mlp = layer["norms"]
+    projected = (jax.nn.standardize(x) * before_attention) @ layer["qkv"]
+    q, k, v = jnp.split(projected.reshape(*x.shape[:2], heads, -1), 3, axis=-1)
+    seen = jax.nn.dot_product_attention(q, k, v, is_causal=causal)
+    x = x + seen.reshape(x.shape) @ layer["out"]
+    return x + jax.nn.gelu((jax.nn.standardize(x) * before_mlp) @ layer["up"]) @ layer["down"]
 
 
 def _squared(predicted: jax.Array, target: jax.Array) -> jax.Array:
@@ -219,16 +231,46 @@ def _vision_transformer() -> Network:
         patches = images.reshape(-1, 4, 2, 4, 2).swapaxes(2, 3).reshape(-1, 16, 4)
         x = _linear(params["patch"], patches) + params["place"]
         for layer in params["layers"]:
-            before_attention, before_mlp = layer["norms"]
-            heads = (jax.nn.standardize(x) * before_attention) @ layer["qkv"]
-            q, k, v = jnp.split(heads.reshape(*heads.shape[:2], 4, -1), 3, axis=-1)
-            seen = jax.nn.dot_product_attention(q, k, v)
-            x = x + seen.reshape(x.shape) @ layer["out"]
-            hidden = jax.nn.gelu((jax.nn.standardize(x) * before_mlp) @ layer["up"])
-            x = x + hidden @ layer["down"]
+            x = _block(layer, x, heads=4)
         return _entropy(_linear(params["head"], jax.nn.standardize(x).mean(1)), labels)
 
     return Network("vision transformer, AdamW", init, loss, _gratings, _adamw, 16)
+
+
+def _gpt() -> Network:
+    """A GPT of three layers without biases over the bytes of Python sources, matrices at .02.
+
+    References:
+      Radford et al., Language models are unsupervised multitask learners, 2019
+    """
+    width, depth, length = 48, 3, 32
+    shapes = {"qkv": (1, 3), "out": (1, 1), "up": (1, 4), "down": (4, 1)}
+    text = jnp.asarray(np.frombuffer(standard_library().content, np.uint8))
+
+    def init(key):
+        keys = iter(jax.random.split(key, 2 + depth * len(shapes)))
+
+        def matrix(*shape):
+            return 0.02 * jax.random.normal(next(keys), shape)
+
+        layers = [
+            {name: matrix(n * width, m * width) for name, (n, m) in shapes.items()}
+            | {"norms": jnp.ones((2, width))}
+            for _ in range(depth)
+        ]
+        tokens, place = matrix(BYTE_VOCABULARY, width), matrix(length, width)
+        return {"tokens": tokens, "place": place, "layers": layers, "norm": jnp.ones(width)}
+
+    def sample(key, n, over):
+        return crop_batch(text, key, n, length)
+
+    def loss(params, batch):
+        x = params["tokens"][batch[:, :-1]] + params["place"]
+        for layer in params["layers"]:
+            x = _block(layer, x, heads=4, causal=True)
+        return _entropy(jax.nn.standardize(x) * params["norm"] @ params["tokens"].T, batch[:, 1:])
+
+    return Network("GPT, AdamW with the whole recipe", init, loss, sample, pretraining, 8)
 
 
 def _batch_norm() -> Network:
@@ -416,6 +458,7 @@ NETWORKS: tuple[Callable[[], Network], ...] = (
     _diffusion,
     _autoencoder,
     _vision_transformer,
+    _gpt,
     _batch_norm,
     _image_as_function,
     _recurrent,

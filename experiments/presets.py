@@ -40,7 +40,7 @@ class BenchPreset:
     problem_steps: int = 30_000
     """Most steps of the small problems, as in optax's own tests."""
     network_steps: int = 2000
-    """Steps of the networks that are no language models."""
+    """Steps of the networks of many kinds."""
     heldout_windows: int = 128
     """Held-out windows."""
     lora_rank: int = 8

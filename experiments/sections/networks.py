@@ -1,4 +1,4 @@
-"""Networks that are no language models, at their best learning rate, below it and above it."""
+"""Small networks of many kinds at their best learning rate, below it and above it."""
 
 from __future__ import annotations
 
