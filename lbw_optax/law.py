@@ -33,7 +33,6 @@ _FACTORS = (
     "rise_limit",
     "allowance_most",
     "share_most",
-    "bearable_schedule",
     "trust_growth",
     "collapse_ratio",
     "spike_ratio",
@@ -111,7 +110,8 @@ class Law:
     .02 worse, at 0.14 training from scratch .02 and more (each with the best `mixing_steps`)."""
     gain_noise: float = 0.35
     """Distance of the two means of the loss, in its standard deviations, that is certain progress:
-    twice the standard error of that distance. Without it, at a `stress_noise` of 0.1, a contrastive
+    twice the standard error of that distance. So much above the lowest that the slower one was, the
+    loss has risen. Without it, at a `stress_noise` of 0.1, a contrastive
     model with warmup and cosine at its best learning rate was annealed while its loss still fell:
     .178 instead of .039."""
     gain_slopes: float = 2.0
@@ -251,11 +251,6 @@ class Law:
     """Steps for which an overshoot lifts the loss: a mean overshoot is bearable while so many are
     less than what the run has gained since `past_age`. At 20 runs of 1,000 steps from scratch end
     .017 above AdamW's best, at 80 those of 3,000 end .06 above it."""
-    bearable_schedule: float = 3.0
-    """Factor on the overshoot that is bearable under stress after a warm-up: such a run has a
-    schedule, at whose end what overshoots lift comes down again. A GPT of 216 thousand parameters
-    ends at half of its best peak at 2.13 with 1, 2.08 with 3 and 2.07 with 6; a full fine-tune,
-    whose steps are too long until annealed, .002 higher with 3, with 6 .005 more."""
     bearable_least: float = 0.001
     """Least bearable overshoot, in standard deviations of the loss. At a third of it LoRA ends .003
     better after 300 and 1,000 steps, but .004 to .006 worse after 3,000; at 5 times it up to .011

@@ -69,25 +69,24 @@ def decide(
       \ell_t &= \min(1, \mathrm{clip}(\ell_{t-1} (1 + m / t), \lambda r_t, r_t)) \\
       h_t &= h_{t-1} \cdot \begin{cases}
         \gamma & q + 2 e_q < 0 \text{ and } -q s > \beta \bar a \\
-        1 / \gamma & (q - e_q) s^2 > B \theta \text{, neither productive nor at the edge} \\
+        1 / \gamma & (q - e_q) s^2 > \theta \text{ without an excuse} \\
         1 & \text{otherwise} \end{cases}, \quad
         \ell_t h_t \le r_t \\
       s_t &= \max(s_0, \min(1, \ell_t h_t, G s_{t-1}, \text{hard}_t / \|u_t\|))
 
     with :math:`\ell` the latch, :math:`m` 1 after a warm-up and else 0, :math:`h` the earned
     factor, :math:`q \pm e_q` the mean overshoot per squared scale and its standard error,
-    :math:`\bar a` the mean slope, :math:`\theta` the bearable overshoot, :math:`B` =
-    ``law.bearable_schedule`` after a warm-up and else 1, :math:`n` the number of parameters,
-    :math:`k_t` the step's ``kurtosis``, :math:`E` the controller's ``elasticity``, that of the
-    first step, and :math:`A` its ``allowance``, :math:`N` = ``law.share_size``, :math:`\eta_0` =
-    ``law.share_least``, :math:`k_0` = ``law.share_kurtosis``, :math:`E_0` =
+    :math:`\bar a` the mean slope, :math:`\theta` the bearable overshoot, :math:`n` the number of
+    parameters, :math:`k_t` the step's ``kurtosis``, :math:`E` the controller's ``elasticity``, that
+    of the first step, and :math:`A` its ``allowance``, :math:`N` = ``law.share_size``,
+    :math:`\eta_0` = ``law.share_least``, :math:`k_0` = ``law.share_kurtosis``, :math:`E_0` =
     ``law.share_elasticity``, :math:`\eta_1` = ``law.share_most``, :math:`\lambda` = ``law.slack``,
     :math:`\gamma` = ``law.growth``, :math:`\beta` = ``law.earn_straight``, :math:`G` =
     ``law.rise_limit`` and :math:`s_0` = ``limits.min_scale``. Where the elasticity cannot be told,
-    its term is 0. The latch holds the scale, not the step: the inner optimizer's own
-    shortening of its steps survives. After a warm-up it rises with the age :math:`t` of the run,
-    as far as there is room. What is productive and where the edge of stability is stands in
-    `Signals`.
+    its term is 0. The latch holds the scale, not the step: the inner optimizer's own shortening of
+    its steps survives. After a warm-up it rises with the age :math:`t` of the run, as far as there
+    is room. An excuse is that steps are productive or at the edge of stability, or, after a
+    warm-up, that the loss has not risen; see `Signals`.
 
     Args:
       controller: the policy's memory.
@@ -291,9 +290,9 @@ def _regulate(
     latch = jnp.minimum(jnp.clip(aged * c.latch, law.slack * room, room), 1)
     straight = -s.overshoot * c.step_scale > law.earn_straight * s.slope
     too_short = straight & (s.overshoot + 2 * s.overshoot_error < 0)
-    bearable = s.bearable * jnp.where(warmed, law.bearable_schedule, 1)
-    costly = (s.overshoot - s.overshoot_error) * c.step_scale**2 > bearable
-    excused = s.productive | s.scaled_edge
+    costly = (s.overshoot - s.overshoot_error) * c.step_scale**2 > s.bearable
+    # A schedule anneals by itself: before its end there is no more to mend than what steps spoil.
+    excused = s.productive | s.scaled_edge | (warmed & ~s.risen)
     rate = jnp.where(too_short, law.growth, jnp.where(costly & ~excused, 1 / law.growth, 1))
     # No step under stress is longer than the latch alone may make it, whatever has been earned.
     most = jnp.minimum(law.earned_most, room / jnp.where(latch > 0, latch, 1))

@@ -24,6 +24,7 @@ class Statistics(NamedTuple):
       spike_tolerance: log of the factor by which spikes that recur have widened their test.
       loss_mean: mean of the loss over about the last 10 steps.
       loss_trend: mean of the loss over about the last 50 steps.
+      loss_lowest: the lowest that `loss_trend` was.
       loss_gain: how far `loss_mean` is below a mean of the loss over the run in which later steps
         count for more.
       loss_variance: variance of the loss around its mean, not yet bias-corrected.
@@ -42,6 +43,7 @@ class Statistics(NamedTuple):
     spike_tolerance: jax.Array  # shape=(), dtype=float32
     loss_mean: jax.Array  # shape=(), dtype=float32
     loss_trend: jax.Array  # shape=(), dtype=float32
+    loss_lowest: jax.Array  # shape=(), dtype=float32
     loss_gain: jax.Array  # shape=(), dtype=float32
     loss_variance: jax.Array  # shape=(), dtype=float32
     overshoots: jax.Array  # shape=(), dtype=int32
@@ -82,6 +84,7 @@ class Signals(NamedTuple):
       innovation: loss minus its mean; 0 without the loss.
       reach: how much longer steps may be because they do not add up as AdamW's do; at least 1.
       bearable: mean overshoot that what the run gains is worth.
+      risen: whether the loss is certainly above the lowest that it was; without the loss it may be.
       gaining: whether the loss has fallen for certain in the last 50 steps.
       productive: whether it has, and by enough of what the steps promise.
       slope: mean of |<g_t, u_t>|.
@@ -99,6 +102,7 @@ class Signals(NamedTuple):
     innovation: jax.Array  # shape=(), dtype=float32
     reach: jax.Array  # shape=(), dtype=float32
     bearable: jax.Array  # shape=(), dtype=float32
+    risen: jax.Array  # shape=(), dtype=bool
     gaining: jax.Array  # shape=(), dtype=bool
     productive: jax.Array  # shape=(), dtype=bool
     slope: jax.Array  # shape=(), dtype=float32
@@ -120,6 +124,7 @@ def compare(
 
       \sigma &= \max(\sigma_L, \nu |\bar L_\text{fast}|), \quad
         \theta = w^2 \max((\bar L_\text{past} - \bar L_\text{fast}) / T, \epsilon \sigma) \\
+      \text{risen} &: \bar L_\text{slow} - \min \bar L_\text{slow} > \zeta \sigma \\
       \text{gaining} &: \bar L_\text{slow} - \bar L_\text{fast} > \zeta \sigma, \quad
         \text{productive} : \text{gaining and }
         \bar L_\text{slow} - \bar L_\text{fast} > \xi s \bar a / w^2 \\
@@ -166,6 +171,7 @@ def compare(
         innovation = jnp.where(s.losses > 0, t.loss - s.loss_mean, 0)
         gain = s.loss_trend - s.loss_mean
         gaining = gain > law.gain_noise * noise
+        risen = s.loss_trend - s.loss_lowest > law.gain_noise * noise
         # Per loss: micro-batches have one each, and only the last of them makes a step.
         promise = last_scale * slope * (s.slopes / jnp.maximum(s.losses, 1))
         # Of steps that do not add up, a smaller part can be progress.
@@ -181,6 +187,7 @@ def compare(
         innovation = jnp.zeros([], jnp.float32)
         bearable = law.bearable_blind * noise
         gaining = productive = edge = scaled_edge = jnp.zeros([], bool)
+        risen = jnp.ones([], bool)
     ratio = t.gradient_norm / jnp.where(s.gradient_mean > 0, s.gradient_mean, jnp.inf)
     warmup = jnp.maximum(law.gradient_warmup / jnp.maximum(n, 1).astype(jnp.float32), 1)
     return Signals(
@@ -189,6 +196,7 @@ def compare(
         innovation=innovation,
         reach=reach,
         bearable=bearable * reach**2,
+        risen=risen,
         gaining=gaining,
         productive=productive,
         slope=slope,
@@ -307,6 +315,7 @@ def learn_loss(statistics: Statistics, loss: jax.Array, signals: Signals, law: L
     bound = law.noise_clip * signals.noise
     variance = jnp.clip(innovation, -bound, bound) ** 2
     mean = _ema(s.loss_mean, loss, fast)
+    trend = _ema(s.loss_trend, loss, slow)
     # The mean over the run moves by millionths of what it gained: beside the loss itself float32
     # would lose that. What `loss_mean` really moved by is a difference with hardly an error.
     above = loss - s.loss_mean
@@ -315,7 +324,8 @@ def learn_loss(statistics: Statistics, loss: jax.Array, signals: Signals, law: L
         losses=optax.safe_increment(s.losses),
         strays=jnp.where(stray, optax.safe_increment(s.strays), 0),
         loss_mean=mean,
-        loss_trend=_ema(s.loss_trend, loss, slow),
+        loss_trend=trend,
+        loss_lowest=jnp.where(s.losses > 0, jnp.minimum(s.loss_lowest, trend), trend),
         loss_gain=gain,
         loss_variance=_ema(s.loss_variance, variance, 1 - law.noise_decay),
     )

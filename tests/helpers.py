@@ -48,7 +48,7 @@ _QUIET = {
 def signals(**known) -> Signals:
     """Returns the signals of a quiet step, with a noise of 1, but for what is `known`."""
     unknown = dict.fromkeys(Signals._fields, jnp.float32(0)) | dict.fromkeys(
-        ("faded", "gaining", "productive", "edge", "scaled_edge"), jnp.bool_(False)
+        ("faded", "risen", "gaining", "productive", "edge", "scaled_edge"), jnp.bool_(False)
     )
     return Signals(**unknown | {name: jnp.asarray(x) for name, x in (_QUIET | known).items()})
 

@@ -66,13 +66,10 @@ def test_what_costs_more_than_it_gains_is_annealed():
     assert earned(0.5, **COSTLY, overshoot_error=9.0) == 1
 
 
-@pytest.mark.parametrize(("share", "annealed"), [(0.99, True), (1.01, False)])
-def test_after_a_warm_up_more_is_bearable(share, annealed):
-    cost = COSTLY["overshoot"] * LATCH**2
-    known = COSTLY | {"bearable": share * cost / LAW.bearable_schedule}
-    assert earned(0.5, **known) == pytest.approx(1 / LAW.growth)
-    found = earned(0.5, **known, before=WARMED)
-    assert found == (pytest.approx(1 / LAW.growth) if annealed else 1)
+def test_after_a_warm_up_nothing_is_annealed_until_the_loss_has_risen():
+    assert earned(0.5, **COSTLY, risen=False) == pytest.approx(1 / LAW.growth)
+    assert earned(0.5, **COSTLY, risen=False, before=WARMED) == 1
+    assert earned(0.5, **COSTLY, risen=True, before=WARMED) == pytest.approx(1 / LAW.growth)
 
 
 def test_nothing_is_annealed_while_the_steps_are_productive():

@@ -337,6 +337,22 @@ def test_steps_that_promise_little_are_productive_only_where_the_loss_falls_for_
         assert found.gaining == found.productive == (share > 1)
 
 
+@pytest.mark.parametrize(("share", "risen"), [(0.99, False), (1.01, True)])
+def test_the_loss_has_risen_where_it_is_certainly_above_the_lowest_that_it_was(share, risen):
+    law, statistics = Law(), init_statistics()
+    for loss in (3.0, 1.0, 2.0):
+        _, statistics = learn(statistics, True, loss=loss)
+    assert float(statistics.loss_trend) == pytest.approx(2)
+    assert float(statistics.loss_lowest) == pytest.approx(2)  # Of the mean, not of one batch.
+    _, statistics = learn(statistics, True, loss=6.0)
+    assert float(statistics.loss_trend) == pytest.approx(3)
+    assert float(statistics.loss_lowest) == pytest.approx(2)
+    above = jnp.float32(2 + share * law.gain_noise)
+    later = statistics._replace(losses=LATER, loss_variance=jnp.float32(1), loss_trend=above)
+    assert compare(later, telemetry(), jnp.float32(1), True, law).risen == risen
+    assert compare(later, telemetry(), jnp.float32(1), False, law).risen  # It may have.
+
+
 @pytest.mark.parametrize("scale", [1.0, 0.1])
 @pytest.mark.parametrize(
     ("share", "noise", "edge"),

@@ -61,7 +61,6 @@ SWITCHED_OFF: dict[str, dict[str, float]] = {
     "no allowance for zeros": {"allowance_most": 1.0},
     "no elasticity": {"share_elasticity": 1e-9},
     "no kurtosis": {"share_kurtosis": 1e-9},
-    "no more bearable after a warm-up": {"bearable_schedule": 1.0},
     "no earned growth": {"earned_most": 1.0},
     "no earned annealing": {"earned_least": 1.0},
     "no persistence": {"persistence": 1e-6},
