@@ -15,6 +15,7 @@ import optax
 
 from experiments.data import BYTE_VOCABULARY, crop_batch, standard_library
 from experiments.methods import pretraining, warmup_cosine
+from experiments.tasks import USUAL_DEVIATION
 
 EVALUATED = 64
 """Batches on which a network is evaluated."""
@@ -238,7 +239,7 @@ def _vision_transformer() -> Network:
 
 
 def _gpt() -> Network:
-    """A GPT of three layers without biases over the bytes of Python sources, matrices at .02.
+    """A GPT of three layers without biases over the bytes of Python sources, with the usual start.
 
     References:
       Radford et al., Language models are unsupervised multitask learners, 2019
@@ -251,7 +252,7 @@ def _gpt() -> Network:
         keys = iter(jax.random.split(key, 2 + depth * len(shapes)))
 
         def matrix(*shape):
-            return 0.02 * jax.random.normal(next(keys), shape)
+            return USUAL_DEVIATION * jax.random.normal(next(keys), shape)
 
         layers = [
             {name: matrix(n * width, m * width) for name, (n, m) in shapes.items()}

@@ -110,10 +110,9 @@ class Law:
     .02 worse, at 0.14 training from scratch .02 and more (each with the best `mixing_steps`)."""
     gain_noise: float = 0.35
     """Distance of the two means of the loss, in its standard deviations, that is certain progress:
-    twice the standard error of that distance. So much above the lowest that the slower one was, the
-    loss has risen. Without it, at a `stress_noise` of 0.1, a contrastive
+    twice the standard error of that distance. Without it, at a `stress_noise` of 0.1, a contrastive
     model with warmup and cosine at its best learning rate was annealed while its loss still fell:
-    .178 instead of .039."""
+    .178 instead of .039. A slower mean that is so much above the lowest that it was has risen."""
     gain_slopes: float = 2.0
     """The same distance, in mean slopes at the scale in force, above which steps are productive and
     not annealed. From about step 150 on the two means are 40 steps apart, so this is a twentieth of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from experiments.bench import Bar, Bench, Findings, Row, best_rate, losses, mean, ratio
 from experiments.methods import behind_guard, warmup_cosine
@@ -27,19 +27,19 @@ DIGITS = "{:.3g}".format
 
 def networks(bench: Bench) -> Findings:
     """Trains each network as it usually is, plainly at all its rates, and guarded at three."""
-    return _compare(bench, "networks", "Networks", [make() for make in NETWORKS])
+    return _compare(bench, "networks", "Networks", (make() for make in NETWORKS))
 
 
 def warmups(bench: Bench) -> Findings:
     """Does the same with AdamW, warmup and cosine in the place of each network's own optimizer."""
-    alike = [
+    alike = (
         dataclasses.replace(network, name=network.name.rpartition(",")[0], method=warmup_cosine)
         for network in (make() for make in NETWORKS)
-    ]
+    )
     return _compare(bench, "warmups", "Networks with warmup and cosine", alike)
 
 
-def _compare(bench: Bench, section: str, title: str, measured: Sequence[Network]) -> Findings:
+def _compare(bench: Bench, section: str, title: str, measured: Iterable[Network]) -> Findings:
     found, lines = Findings([], [], []), []
     for network in measured:
         plain = bench.cell(
