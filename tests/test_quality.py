@@ -139,7 +139,7 @@ def test_study(tmp_path, monkeypatch):
     assert main(command) == 0
     folder = tmp_path / "study" / "tiny"
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    columns = len(study.MULTIPLES) + len(study.FAULTS)
+    columns = len(study.COLUMNS)
     for variant in (study.DEFAULTS, "no envelope", "growth x2"):
         assert len([row for row in rows if row["extra"] == variant]) == columns * len(TINY.seeds)
     assert "no envelope" in (folder / "report.md").read_text()

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import optax
 
 import lbw_optax
 from experiments.bench import Bench, Findings, Row, difference, losses, mean
 from experiments.faults import drills
-from experiments.methods import adamw
+from experiments.methods import Method, adamw, warmup_cosine
 from experiments.presets import STUDY_PRESETS
 from experiments.report import Table, with_spread
 from experiments.sections.stress import adamw_best_rate
@@ -25,6 +28,15 @@ MULTIPLES = (1, 10, 100)
 
 FAULTS = ("gradient x1e6, 3 steps", "learning rate x30, 50 steps")
 """Faults at AdamW's best learning rate, from `drills`."""
+
+SCHEDULED = 10
+"""Peak of the run with warmup and cosine, in units of AdamW's best learning rate."""
+
+SCHEDULE = f"{SCHEDULED}x, warmup + cosine"
+"""Name of that run."""
+
+COLUMNS = (*(f"{m}x" for m in MULTIPLES), SCHEDULE, *FAULTS)
+"""Columns of the tables."""
 
 DEFAULTS = "defaults"
 
@@ -161,13 +173,15 @@ def law_of_numbers(changes: Mapping[str, Any]) -> lbw_optax.Law:
 
 def _of_task(bench: Bench, task: str, laws: dict[str, dict[str, float]]) -> Findings:
     best = adamw_best_rate(bench, task)
-    plain = bench.cell(f"study/{task}/AdamW", lambda: _rows(bench, task, best, adamw, None, {}))
+    plain = bench.cell(
+        f"study/{task}/AdamW", lambda: _rows(bench, task, best, lambda tx: tx, None, {})
+    )
     # Every variant gives all constants, so that the same program runs them in whatever cells.
     base = dataclasses.asdict(lbw_optax.Law())
     extras = {name: (base | changes,) for name, changes in laws.items()}
 
-    def with_law(rate, changes):
-        return lbw_optax.guard(adamw(rate), law=law_of_numbers(changes))
+    def with_law(inner, changes):
+        return lbw_optax.guard(inner, law=law_of_numbers(changes))
 
     rows = []
     for first in range(0, len(laws), LAWS_PER_CELL):
@@ -178,8 +192,8 @@ def _of_task(bench: Bench, task: str, laws: dict[str, dict[str, float]]) -> Find
         )
     for name, setting in SETTINGS.items():
 
-        def with_setting(rate, setting=setting):
-            return lbw_optax.guard(adamw(rate), **setting.arguments)
+        def with_setting(inner, setting=setting):
+            return lbw_optax.guard(inner, **setting.arguments)
 
         given = {"give_loss": setting.give_loss}
         rows += bench.cell(
@@ -192,33 +206,50 @@ def _of_task(bench: Bench, task: str, laws: dict[str, dict[str, float]]) -> Find
 
 
 def _rows(
-    bench: Bench, task: str, best: float, make_tx: Any, extras: Any, given: dict[str, Any]
+    bench: Bench,
+    task: str,
+    best: float,
+    around: Callable[..., optax.GradientTransformation],
+    extras: Mapping[str, tuple] | None,
+    given: dict[str, Any],
 ) -> list[Row]:
+    """Trains with what is `around` AdamW and each of `extras`, once for every column."""
     p = bench.preset
     named = drills(p.steps)
     rates = {float(f"{best * m:.9g}"): f"{m}x" for m in MULTIPLES}
-    common = (bench.task(task), make_tx, p.steps)
-    healthy = sweep(*common, list(rates), p.seeds, extras=extras, **given)
-    faulty = sweep(
-        *common, [best], p.seeds, faults={f: named[f] for f in FAULTS}, extras=extras, **given
-    )
+
+    def train(method: Method, rates: Sequence[float], faults: Any = None) -> list[Row]:
+        return sweep(
+            bench.task(task),
+            lambda rate, *extra: around(method(rate), *extra),
+            p.steps,
+            rates,
+            p.seeds,
+            faults=faults,
+            extras=extras,
+            **given,
+        )
+
+    healthy = train(adamw, list(rates))
+    scheduled = train(functools.partial(warmup_cosine, steps=p.steps), [best * SCHEDULED])
+    faulty = train(adamw, [best], {fault: named[fault] for fault in FAULTS})
     return [
-        *({**row, "column": rates[row["rate"]]} for row in healthy),
-        *({**row, "column": row["fault"]} for row in faulty),
+        *(row | {"column": rates[row["rate"]]} for row in healthy),
+        *(row | {"column": SCHEDULE} for row in scheduled),
+        *(row | {"column": row["fault"]} for row in faulty),
     ]
 
 
 def _tables(task: str, best: float, plain: list[Row], rows: list[Row]) -> list[Table]:
-    columns = [f"{m}x" for m in MULTIPLES] + list(FAULTS)
-    base = {column: losses(rows, extra=DEFAULTS, column=column) for column in columns}
+    base = {column: losses(rows, extra=DEFAULTS, column=column) for column in COLUMNS}
     first = [
-        ["AdamW", *(with_spread(losses(plain, column=column)) for column in columns), ""],
-        [f"guard, {DEFAULTS}", *(with_spread(base[column]) for column in columns), ""],
+        ["AdamW", *(with_spread(losses(plain, column=column)) for column in COLUMNS), ""],
+        [f"guard, {DEFAULTS}", *(with_spread(base[column]) for column in COLUMNS), ""],
     ]
 
     def line(name: str) -> list[str]:
         deltas = [
-            mean(losses(rows, extra=name, column=column)) - mean(base[column]) for column in columns
+            mean(losses(rows, extra=name, column=column)) - mean(base[column]) for column in COLUMNS
         ]
         worst = max(deltas, key=lambda d: abs(d) if math.isfinite(d) else math.inf)
         return [name, *map(difference, deltas), difference(worst)]
@@ -230,7 +261,7 @@ def _tables(task: str, best: float, plain: list[Row], rows: list[Row]) -> list[T
     return [
         Table(
             f"Study, {task} (1x = {best:g}): {what}",
-            ["guard", *columns, "largest change"],
+            ["guard", *COLUMNS, "largest change"],
             [*first, *map(line, names)],
             "Held-out loss in nats; below the second row, the difference from the defaults.",
         )
