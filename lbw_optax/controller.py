@@ -30,8 +30,9 @@ class Controller(NamedTuple):
         slowly.
       earned: factor on the latch that the measured overshoot has earned; below 1 it anneals.
       trust_radius: absolute step length that has proved safe; 0 before the first step.
-      first_length: norm of the first inner step; `NO_LIMIT` before it, and 0 once a later one was
-        certainly longer, as in a warm-up.
+      first_length: norm that the first inner step would have, had it moved all entries as far as
+        those that it moved; `NO_LIMIT` before it, and 0 once a later step was certainly longer, as
+        in a warm-up.
       last_length: norm of the last applied step; 0 before the first, and once a step that cannot be
         undone has been blamed.
       last_slope: slope at the start of the last applied step, in units of the loss.

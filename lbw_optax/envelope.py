@@ -38,7 +38,7 @@ def step_bounds(
     .. math::
 
       \rho^0_t &= \rho_0 (t + 1)^{-\alpha}, \quad
-        \rho_t = \max(\rho, \min(\rho^0_t, u_1 / (w \|p\| A)), \min(A - 1, 1) \, \rho^0_t) \\
+        \rho_t = \max(\rho, \min(\rho^0_t, d_1 / (w \|p\| A)), \min(A - 1, 1) \, \rho^0_t) \\
       \text{healthy} &= \min(\max(\rho_t w \|p\| A, f), \text{hard}), \quad
         \text{hard} = R \max(\|p\|, \sqrt{n})
 
@@ -46,7 +46,7 @@ def step_bounds(
     :math:`\alpha` = ``law.relative_step_power``, :math:`t` the accepted observations so far,
     :math:`w` the reach, :math:`f` the trust radius, :math:`R` = ``limits.relative_step_limit``,
     :math:`n` the number of parameters, :math:`A` the controller's ``allowance`` for those that
-    started at zero, and :math:`u_1` its ``first_length``: the long steps of the start are for runs
+    started at zero, and :math:`d_1` its ``first_length``: the long steps of the start are for runs
     that start with one.
 
     Args:
@@ -87,14 +87,22 @@ def step_bounds(
 
 
 def next_first_length(controller: Controller, telemetry: Telemetry, law: Law) -> jax.Array:
-    """Remembers how long the first inner step was, until a later one is certainly longer.
+    r"""Remembers how long the first inner step was, until a later one is certainly longer.
 
     Adam's first step at a constant rate is a sign, the longest that it ever makes; later ones are
     means. Where they grow instead, the rate does: after a warm-up steps are means from the start.
+
+    But the first step may move few entries, those of the last layer where that starts at zero, or
+    of the words in the batch. It counts as if it had moved all as far as it moved those:
+
+    .. math:: d_1 = \|u_1\| \sqrt{k_1}, \quad k_1 = n \sum u_1^4 / (\sum u_1^2)^2
+
+    with :math:`k_1` the step's ``kurtosis``: :math:`n / k_1` is how many entries it moves.
     """
-    first, length = controller.first_length, jnp.minimum(telemetry.step_norm, NO_LIMIT)
-    grown = length / law.stress_pressure > first
-    return jnp.where(first >= NO_LIMIT, length, jnp.where(grown, 0, first))
+    first, length = controller.first_length, telemetry.step_norm
+    grown = jnp.minimum(length, NO_LIMIT) / law.stress_pressure > first
+    whole = jnp.minimum(length * jnp.sqrt(telemetry.kurtosis), NO_LIMIT)
+    return jnp.where(first >= NO_LIMIT, whole, jnp.where(grown, 0, first))
 
 
 def have_size(telemetry: Telemetry, law: Law) -> jax.Array:

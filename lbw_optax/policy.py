@@ -134,6 +134,8 @@ def decide(
     action, cause = _name(verdict, diagnosis.alarm, regime, factor, limited, annealed)
 
     moved = taken & ~diagnosis.empty
+    # A batch without any gradient, whose step may be weight decay alone, is no first one.
+    shown = moved & (t.gradient_norm > 0)
     bound = (regime == Regime.STRESS) & (c.step_scale < 1)
     radius = next_trust_radius(c, t, bounds, bound, harm, law)
     # What cannot be undone is blamed all the same, also where a micro-batch shows it.
@@ -144,7 +146,7 @@ def decide(
         latch=jnp.where(learned | exhausted, latch, c.latch),
         earned=jnp.where(learned, earned, c.earned),
         trust_radius=jnp.where(learned, radius, c.trust_radius),
-        first_length=jnp.where(moved, next_first_length(c, t, law), c.first_length),
+        first_length=jnp.where(shown, next_first_length(c, t, law), c.first_length),
         # A step is blamed once: where it cannot be undone, it is forgotten.
         last_length=jnp.select(
             [undone, moved, blamed],
@@ -156,7 +158,7 @@ def decide(
         ),
         rejections=jnp.where(taken, 0, c.rejections + 1),
         allowance=c.allowance,
-        elasticity=jnp.where(moved & ~nonfinite, elasticity, c.elasticity),
+        elasticity=jnp.where(shown & ~nonfinite, elasticity, c.elasticity),
         too_long=jnp.where(moved, jnp.where(diagnosis.long, c.too_long + 1, 0), c.too_long),
     )
     command = Command(

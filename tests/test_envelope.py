@@ -21,7 +21,7 @@ from helpers import (
 )
 
 from lbw_optax import Action, Law, Regime, guard, statistics
-from lbw_optax.controller import NO_LIMIT, Limits
+from lbw_optax.controller import NO_LIMIT, Limits, had_warm_up
 from lbw_optax.envelope import next_first_length, next_trust_radius, step_bounds
 
 LIMITS = Limits(min_scale=1e-5, relative_step_limit=1.0, max_rejections=20)
@@ -103,14 +103,41 @@ def test_steps_are_long_at_the_start_where_the_first_was(first, allowance, share
     np.testing.assert_allclose(found.healthy, share * 10 * allowance, rtol=1e-6)
 
 
-def test_the_first_length_is_forgotten_once_a_later_step_is_certainly_longer():
+def first_lengths(*steps):
+    """What is remembered of the first step after each of these, given by length and kurtosis."""
     start = find(guard(optax.sgd(1.0)).init(PARAMS)).controller
     seen = []
-    for length in (2.0, 0.5, 2.3, 2.5, 0.1):
-        first = next_first_length(start, telemetry(step_norm=length), Law())
+    for length, kurtosis in steps:
+        shown = telemetry(step_norm=length, kurtosis=kurtosis)
+        first = next_first_length(start, shown, Law())
         start = start._replace(first_length=first)
         seen.append(float(first))
-    assert seen == [2.0, 2.0, 2.0, 0.0, 0.0]
+    return seen
+
+
+def test_the_first_length_is_forgotten_once_a_later_step_is_certainly_longer():
+    steps = [(2.0, 1.0), (0.5, 9.0), (2.3, 9.0), (2.5, 9.0), (0.1, 9.0)]
+    assert first_lengths(*steps) == [2.0, 2.0, 2.0, 0.0, 0.0]
+
+
+def test_a_first_step_counts_as_if_it_had_moved_all_entries():
+    assert first_lengths((1.0, 4.0), (2.3, 1.0), (2.5, 1.0)) == [2.0, 2.0, 0.0]
+    # So does the first of which float32 can tell how many it moves.
+    assert first_lengths((1e-30, np.inf), (1.0, 4.0)) == [NO_LIMIT, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("rate", "warmed"),
+    [(1e-2, False), (optax.linear_schedule(0.0, 1e-2, 10), True)],
+    ids=["constant", "warm-up"],
+)
+def test_a_last_layer_that_starts_at_zero_is_no_warm_up(rate, warmed):
+    """All below it get their first gradient in the second step."""
+    grads = np.random.default_rng(0).standard_normal((50, 1024)).astype(np.float32)
+    grads[:1, 32:] = 0
+    data = {"grads": grads, "value": np.ones(50, np.float32)}
+    state = at(feed(guard(optax.adam(rate)), jnp.ones(1024), data)[2], -1)
+    assert bool(had_warm_up(state.controller)) == warmed
 
 
 def next_radius(way, bound=True):

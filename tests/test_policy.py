@@ -7,7 +7,7 @@ import pytest
 from helpers import find, normal, signals, telemetry
 
 from lbw_optax import Action, Law, Regime, guard
-from lbw_optax.controller import Limits
+from lbw_optax.controller import NO_LIMIT, Limits
 from lbw_optax.envelope import Envelope
 from lbw_optax.interpretation import Cause, Diagnosis, diagnose
 from lbw_optax.policy import decide
@@ -118,6 +118,7 @@ def test_the_larger_a_network_the_smaller_its_share_of_the_healthy_length(times,
 
 STEP_NORM = 20 * SHARE / LATCH
 FIRST = {"slope": -LAW.share_elasticity * STEP_NORM, "parameter_norm": 600.0, "loss": 600.0}
+FIRST |= {"gradient_norm": 1.0, "kurtosis": 4.0}
 """A first step that may have all of the healthy length."""
 
 
@@ -164,6 +165,15 @@ def test_elasticity_is_that_of_the_first_step_that_is_taken():
         assert answered(rejected, shown=shown)[1].elasticity == 0
     assert answered(shown=shown, found={"empty": True})[1].elasticity == 0
     assert answered(Cause.GRADIENT_SPIKE, shown=shown, **first)[1].elasticity == first["elasticity"]
+
+
+def test_a_batch_without_any_gradient_is_no_first_one():
+    start = {"first_length": NO_LIMIT}
+    shown = {"step_norm": STEP_NORM} | FIRST
+    assert answered(shown=shown, **start)[1].first_length == pytest.approx(2 * STEP_NORM)
+    decayed = answered(shown=shown | {"gradient_norm": 0.0, "slope": 0.0}, **start)[1]
+    assert decayed.first_length == start["first_length"]
+    assert decayed.elasticity == 0
 
 
 @pytest.mark.parametrize(("length", "latch"), [(2.0, 0.5), (1.0, 1.0), (0.5, 1.0), (0.1, 2.5)])
