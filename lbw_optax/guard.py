@@ -134,16 +134,14 @@ def guard(
 
 
 def _guard(inner, mode, limits, log_size, axis_name, law):
+    if isinstance(inner, optax.MultiSteps):
+        update: Any = inner.update  # It takes extra arguments, and does not say so.
+        inner = optax.GradientTransformationExtraArgs(inner.init, update)
     inner = optax.with_extra_args_support(inner)
     can_undo = mode == "step"
 
     def init_fn(params):
-        dtypes = [getattr(x, "dtype", type(x)) for x in jax.tree.leaves(params)]
-        if any(jnp.issubdtype(d, jnp.complexfloating) for d in dtypes):
-            raise ValueError(
-                "guard: params must be real, got complex leaves; put the guard inside "
-                "optax.contrib.split_real_and_imaginary, whose update takes no value="
-            )
+        _check_real("guard: params", params)
         return GuardState(
             inner_state=inner.init(params),
             last_step=memory.allocate(mode, params),
@@ -165,6 +163,7 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
         if loss is not None:
             extra_args["loss"] = loss
         _check_state(state)
+        _check_real("update: updates", updates)
         step, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         _check_shapes(updates, step)
         _check_memory(mode, step, state.last_step)
@@ -271,6 +270,15 @@ def _one_loss(value, loss):
     return loss if value is None else value
 
 
+def _check_real(name, tree):
+    dtypes = [getattr(x, "dtype", type(x)) for x in jax.tree.leaves(tree)]
+    if any(jnp.issubdtype(d, jnp.complexfloating) for d in dtypes):
+        raise ValueError(
+            f"{name} must be real, got complex leaves; put the guard inside "
+            "optax.contrib.split_real_and_imaginary, whose update takes no value="
+        )
+
+
 def _check_state(state):
     if not hasattr(state, "controller"):
         raise ValueError(
@@ -298,7 +306,10 @@ def _check_shapes(updates, step):
 
 def _check_memory(mode, step, last_step):
     if not memory.fits(mode, last_step, step):
-        raise ValueError(f"update: state must be of memory={mode!r}, got one of another mode")
+        raise ValueError(
+            f"update: state must be of memory={mode!r}, got one of another mode or of arrays of "
+            "other shapes than those of updates"
+        )
     before, now = jax.tree.structure(last_step), jax.tree.structure(step)
     if mode != "none" and before != now:
         raise ValueError(

@@ -15,7 +15,8 @@ class Regime(enum.IntEnum):
     """What the run is going through."""
 
     STABLE = 0
-    """Nothing is suspected: the guard passes every step on, bit for bit."""
+    """Nothing is suspected: the guard passes every step on, bit for bit, that
+    `relative_step_limit` allows."""
     STRESS = 1
     """Steps are, or were lately, longer than is healthy: the control law sets the scale."""
     SPIKE = 2

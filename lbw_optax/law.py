@@ -24,8 +24,8 @@ _SHARES = (
     "cut_limit",
 )
 
-_LEAST, _LARGEST_SHARE = 2.0**-126, 1 - 2.0**-24
-"""The least number above 0 that float32 holds in full, and the largest below 1."""
+_LEAST, _LARGEST_SHARE, _LARGEST = 2.0**-126, 1 - 2.0**-24, (2 - 2.0**-23) * 2.0**127
+"""The least number above 0 that float32 holds in full, the largest below 1, and the largest."""
 
 _FACTORS = (
     "growth",
@@ -179,9 +179,9 @@ class Law:
     """Gradient spike: gradient norm over its running mean. Healthy first steps stay below 5."""
     spike_rise: float = 0.3
     """What a spike that was held, or the first of several in a row, adds to the log of that ratio:
-    of spikes that recur at 100 times the mean eight are held. At 0.1 a classifier of single
-    samples, 1 % of them positive, had not learned them in 6,000 steps (loss .070, at 0.3 .014,
-    without a guard .012)."""
+    of spikes that recur at 100 times the mean seven to fourteen are held. At 0.1 a classifier of
+    single samples, 1 % of them positive, had not learned them in 6,000 steps (loss .070, at 0.3
+    .014, without a guard .012)."""
     spike_share: float = 1e-3
     """Share of the steps that is held for spikes in the long run, however often they recur."""
     spike_most: float = 100.0
@@ -243,7 +243,8 @@ class Law:
     at their start."""
     earned_most: float = 2.0
     """Upper limit of the earned factor. From .7 of the healthy length training from scratch ends
-    .03 to .08 nats worse at 1; from nearly all of it .02 worse at 1, up to .016 better at 4."""
+    .03 to .08 nats worse at 1; from nearly all of it neither better nor worse, and at 4 up to .010
+    better."""
     earned_least: float = 0.1
     """Lower limit of the earned factor."""
     mixing_steps: float = 30.0
@@ -282,8 +283,11 @@ class Law:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
-            if not is_number(value, numbers.Real) or math.isnan(value) or value < _LEAST:
+            # NaN is not at least anything.
+            if not (is_number(value, numbers.Real) and value >= _LEAST):
                 raise ValueError(f"Law.{name} must be a number above 0 in float32, got {value!r}")
+            if _LARGEST < value < math.inf:
+                raise ValueError(f"Law.{name} must be at most {_LARGEST:g}, got {value!r}")
             if field.type is int and not is_number(value, numbers.Integral):
                 raise ValueError(f"Law.{name} must be a whole number, got {value!r}")
             if math.isinf(value) and name not in _THRESHOLDS:

@@ -350,6 +350,13 @@ def test_accumulated_micro_batches_neither_act_nor_wait():
     assert report(at(states, -1)).regime == "STABLE"
 
 
+def test_accumulation_is_given_the_loss():
+    plateau = optax.chain(optax.adam(1e-3), optax.contrib.reduce_on_plateau())
+    tx = guard(optax.MultiSteps(plateau, 1))
+    state = tx.update(jnp.ones(3), tx.init(jnp.ones(3)), jnp.ones(3), value=3.0)[1]
+    assert float(optax.tree.get(state.inner_state, "best_value")) == 3.0
+
+
 @pytest.mark.parametrize("fault", ["nan_gradient", "nan_loss", "spike_1e6"])
 def test_backtracks_in_a_row_go_on_along_the_last_step(fault):
     """Each leaves a half of what the one before left: never past its start."""

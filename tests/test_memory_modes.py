@@ -154,6 +154,12 @@ def test_a_step_that_cannot_be_undone_is_blamed_once():
 
 
 @every_mode
+def test_weak_types_of_the_params_are_not_kept(memory):
+    state = guard(optax.sgd(0.1), memory=memory).init({"a": jnp.asarray(2.0), "b": 1.0})
+    assert not any(x.weak_type for x in jax.tree.leaves(state.last_step))
+
+
+@every_mode
 def test_report_says_which_mode_senses_no_overshoot(memory):
     state = run(memory, stream())[2]
     assert (report(at(state, -1)).sensors_off == ("overshoot",)) == (memory == "none")

@@ -118,6 +118,8 @@ def test_an_envelope_that_is_switched_off_leaves_a_finite_state(params):
         ("brief_steps", 2.5),
         ("calm_steps", 50.0),
         ("cut_noise", True),
+        ("noise_clip", 1e39),
+        ("stress_noise", 10**400),
     ],
 )
 def test_bad_constant_of_the_law_is_named(name, value):
@@ -184,6 +186,22 @@ def test_state_of_something_else_is_refused(memory):
         state = guard(optax.sgd(0.1), memory=other).init(params)
         with pytest.raises(ValueError, match=f"memory='{memory}', got one of another mode"):
             tx.update(params, state, params)
+
+
+@pytest.mark.parametrize("memory", ["sparse", "step"])
+def test_state_of_arrays_of_other_shapes_is_refused(memory):
+    tx, params = guard(optax.sgd(0.1), memory=memory), jnp.ones((64, 64))
+    state = tx.init(jnp.ones((32, 32)))
+    with pytest.raises(ValueError, match="of other shapes than those of updates"):
+        tx.update(params, state, params)
+
+
+def test_complex_arrays_are_refused():
+    tx, params = guard(optax.sgd(0.1), memory="none"), jnp.ones(3)
+    with pytest.raises(ValueError, match="params must be real"):
+        tx.init(params.astype(jnp.complex64))
+    with pytest.raises(ValueError, match="updates must be real"):
+        tx.update(params.astype(jnp.complex64), tx.init(params), params)
 
 
 @pytest.mark.parametrize("memory", ["sparse", "step"])
