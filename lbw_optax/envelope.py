@@ -97,11 +97,14 @@ def next_first_length(controller: Controller, telemetry: Telemetry, law: Law) ->
 
     .. math:: d_1 = \|u_1\| \sqrt{k_1}, \quad k_1 = n \sum u_1^4 / (\sum u_1^2)^2
 
-    with :math:`k_1` the step's ``kurtosis``: :math:`n / k_1` is how many entries it moves.
+    with :math:`k_1` the step's ``kurtosis``: :math:`n / k_1` is how many entries it moves. Where
+    that cannot be told, the next step is the first.
     """
-    first, length = controller.first_length, telemetry.step_norm
-    grown = jnp.minimum(length, NO_LIMIT) / law.stress_pressure > first
-    whole = jnp.minimum(length * jnp.sqrt(telemetry.kurtosis), NO_LIMIT)
+    first, length = controller.first_length, jnp.minimum(telemetry.step_norm, NO_LIMIT)
+    grown = length / law.stress_pressure > first
+    known = telemetry.kurtosis < jnp.inf
+    whole = length * jnp.sqrt(jnp.where(known, telemetry.kurtosis, 1))
+    whole = jnp.where(known, jnp.minimum(whole, NO_LIMIT), NO_LIMIT)
     return jnp.where(first >= NO_LIMIT, whole, jnp.where(grown, 0, first))
 
 
