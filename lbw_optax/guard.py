@@ -52,7 +52,7 @@ class GuardState(NamedTuple):
 
 
 def guard(
-    inner: optax.GradientTransformation,
+    inner: optax.GradientTransformation | optax.MultiSteps,
     *,
     memory: Literal["none", "sparse", "step"] = "step",
     min_scale: float = 1e-6,
@@ -224,9 +224,9 @@ def _guard(inner, mode, limits, log_size, axis_name, law):
         spike = diagnosis.alarm == Cause.GRADIENT_SPIKE
         first = state.controller.rejections == 0
         absorbed = statistics.learn_spike(state.statistics, telemetry.gradient_norm, first, law)
-        # A batch without any gradient is one without data, also where a step of earlier
-        # micro-batches ends with it. Learned, such batches would wear every yardstick away.
-        seen = taken & ~nonfinite & (telemetry.gradient_norm > 0)
+        # Without data is a batch also where a step of earlier micro-batches ends with it. Learned,
+        # such batches would wear every yardstick away.
+        seen = taken & ~nonfinite & sensing.has_data(telemetry)
         learned = jax.tree.map(
             lambda old, new, held: jnp.where(seen, new, jnp.where(spike, held, old)),
             state.statistics,

@@ -42,12 +42,18 @@ def _sample(x: jax.Array) -> jax.Array:
     return _thin(x, axes[-2] if len(axes) > 1 else axes[-1])
 
 
-def _is_sample(kept: tuple[int, ...], whole: tuple[int, ...]) -> bool:
-    """Returns whether an array of shape `kept` can be `_sample` of one of shape `whole`."""
-    if len(kept) != len(whole):
+def _thinned(kept: Any, whole: Any) -> list[int]:
+    """The axes along which an array is longer than what is kept of it: one at most."""
+    pairs = zip(jnp.shape(kept), jnp.shape(whole), strict=True)
+    return [axis for axis, (k, x) in enumerate(pairs) if k != x]
+
+
+def _is_sample(kept: Any, whole: Any) -> bool:
+    """Returns whether one array can be `_sample` of another, by their shapes."""
+    if jnp.ndim(kept) != jnp.ndim(whole):
         return False
-    thinned = [(k, x) for k, x in zip(kept, whole, strict=True) if k != x]
-    return len(thinned) <= 1 and all(k == -(-x // STRIDE) for k, x in thinned)
+    lengths = [(jnp.shape(kept)[i], jnp.shape(whole)[i]) for i in _thinned(kept, whole)]
+    return len(lengths) <= 1 and all(k == -(-x // STRIDE) for k, x in lengths)
 
 
 def allocate(mode: str, params: Any) -> Any:
@@ -63,16 +69,14 @@ def allocate(mode: str, params: Any) -> Any:
     """
     if mode == "none":
         return ()
-    # Of what no step is ever kept, as frozen integers, nothing is allocated.
-    zeros = jax.tree.map(
-        # Of a dtype that is said: a weakly typed one would become strong with the first step.
-        lambda x: (
-            jnp.zeros_like(x, jnp.result_type(x))
-            if is_inexact(x)
-            else jnp.zeros((0,), jnp.result_type(x))
-        ),
-        params,
-    )
+
+    def leaf(x):
+        # A dtype that is said: a weakly typed array would become strong with the first step.
+        dtype = jnp.result_type(x)
+        # Of what no step is ever kept, as frozen integers, nothing is allocated.
+        return jnp.zeros_like(x, dtype) if is_inexact(x) else jnp.zeros((0,), dtype)
+
+    zeros = jax.tree.map(leaf, params)
     return jax.tree.map(_sample, zeros) if mode == "sparse" else zeros
 
 
@@ -86,7 +90,7 @@ def fits(mode: str, kept: Any, step: Any) -> bool:
     pairs = [(k, x) for k, x in zip(remembered, made, strict=True) if is_inexact(k)]
     if mode == "step":
         return all(jnp.shape(k) == jnp.shape(x) for k, x in pairs)
-    return all(_is_sample(jnp.shape(k), jnp.shape(x)) for k, x in pairs)
+    return all(_is_sample(k, x) for k, x in pairs)
 
 
 def pick(tree: Any, kept: Any) -> Any:
@@ -105,7 +109,7 @@ def pick(tree: Any, kept: Any) -> Any:
     def leaf(x, k):
         if not is_inexact(k):
             return k
-        thinned = [i for i, (n, m) in enumerate(zip(jnp.shape(x), k.shape, strict=True)) if n != m]
-        return _thin(x, thinned[0]) if thinned else x
+        axes = _thinned(k, x)
+        return _thin(x, axes[0]) if axes else x
 
     return jax.tree.map(leaf, tree, kept)

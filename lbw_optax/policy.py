@@ -10,7 +10,7 @@ from lbw_optax.controller import NO_LIMIT, Controller, Limits, had_warm_up, star
 from lbw_optax.envelope import Envelope, have_size, next_first_length, next_trust_radius
 from lbw_optax.interpretation import Cause, Diagnosis, Regime, is_nonfinite
 from lbw_optax.law import Law
-from lbw_optax.sensing import Telemetry
+from lbw_optax.sensing import Telemetry, has_data
 from lbw_optax.statistics import Signals
 
 
@@ -134,8 +134,8 @@ def decide(
     action, cause = _name(verdict, diagnosis.alarm, regime, factor, limited, annealed)
 
     moved = taken & ~diagnosis.empty
-    # A batch without any gradient, whose step may be weight decay alone, is no first one.
-    shown = moved & (t.gradient_norm > 0)
+    # A step without data, which may be weight decay alone, is no first one.
+    shown = moved & has_data(t)
     bound = (regime == Regime.STRESS) & (c.step_scale < 1)
     radius = next_trust_radius(c, t, bounds, bound, harm, law)
     # What cannot be undone is blamed all the same, also where a micro-batch shows it.

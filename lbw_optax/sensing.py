@@ -58,6 +58,11 @@ def total(scalars: Iterable[jax.Array]) -> jax.Array:
     return jnp.sum(jax.lax.optimization_barrier(jnp.stack(listed)))
 
 
+def has_data(telemetry: Telemetry) -> jax.Array:
+    """Returns whether there is a gradient; a batch without any is one without data."""
+    return telemetry.gradient_norm > 0
+
+
 def inner_product(a: Any, b: Any) -> jax.Array:
     """Returns <a, b> over all floating-point leaves, accumulated in float32."""
     return estimated_product(a, b, a)

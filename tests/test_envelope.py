@@ -134,7 +134,7 @@ def test_a_first_step_counts_as_if_it_had_moved_all_entries():
 def test_a_last_layer_that_starts_at_zero_is_no_warm_up(rate, warmed):
     """All below it get their first gradient in the second step."""
     grads = np.random.default_rng(0).standard_normal((50, 1024)).astype(np.float32)
-    grads[:1, 32:] = 0
+    grads[0, 32:] = 0
     data = {"grads": grads, "value": np.ones(50, np.float32)}
     state = at(feed(guard(optax.adam(rate)), jnp.ones(1024), data)[2], -1)
     assert bool(had_warm_up(state.controller)) == warmed

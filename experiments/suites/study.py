@@ -216,25 +216,24 @@ def _rows(
     """Trains with what is `around` AdamW and each of `extras`, once for every column."""
     p = bench.preset
     named = drills(p.steps)
-    rates = {float(f"{best * m:.9g}"): f"{m}x" for m in MULTIPLES}
 
-    def train(method: Method, rates: Sequence[float], faults: Any = None) -> list[Row]:
+    def train(method: Method, multiples: Sequence[int], faults: Any = None) -> list[Row]:
         return sweep(
             bench.task(task),
             lambda rate, *extra: around(method(rate), *extra),
             p.steps,
-            rates,
+            [float(f"{best * multiple:.9g}") for multiple in multiples],
             p.seeds,
             faults=faults,
             extras=extras,
             **given,
         )
 
-    healthy = train(adamw, list(rates))
-    scheduled = train(functools.partial(warmup_cosine, steps=p.steps), [best * SCHEDULED])
-    faulty = train(adamw, [best], {fault: named[fault] for fault in FAULTS})
+    healthy = train(adamw, MULTIPLES)
+    scheduled = train(functools.partial(warmup_cosine, steps=p.steps), [SCHEDULED])
+    faulty = train(adamw, [1], {fault: named[fault] for fault in FAULTS})
     return [
-        *(row | {"column": rates[row["rate"]]} for row in healthy),
+        *(row | {"column": f"{row['rate'] / best:.0f}x"} for row in healthy),
         *(row | {"column": SCHEDULE} for row in scheduled),
         *(row | {"column": row["fault"]} for row in faulty),
     ]
